@@ -1,0 +1,1 @@
+"""FAST-AR attention and the stream engine behind the Triton model `fastar`."""

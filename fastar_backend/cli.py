@@ -1,0 +1,105 @@
+"""The `fastar` command."""
+
+from __future__ import annotations
+
+import logging
+import signal
+import sys
+import threading
+from pathlib import Path
+from types import FrameType
+from typing import Annotated
+
+import typer
+from rich.console import Console
+
+from fastar_backend.config import parse
+from fastar_backend.errors import FastarError, InvalidInput
+
+app = typer.Typer(
+    help="FAST-AR Serve: live autoregressive video from NVIDIA Triton.",
+    no_args_is_help=True,
+    add_completion=False,
+    pretty_exceptions_enable=False,
+)
+
+
+@app.callback()
+def fastar(debug: Annotated[bool, typer.Option("--debug", help="Show tracebacks.")] = False) -> None:
+    pass  # main() looks at --debug; the callback also keeps `serve` a subcommand
+
+
+@app.command()
+def serve(
+    host: Annotated[
+        str, typer.Option(help="Address to listen on. 0.0.0.0 opens the server to the network: it has no passwords.")
+    ] = "127.0.0.1",
+    http_port: Annotated[int, typer.Option(help="0 picks a free one.")] = 8000,
+    grpc_port: Annotated[int, typer.Option(help="What clients connect to; 0 picks a free one.")] = 8001,
+    metrics_port: Annotated[int, typer.Option(help="Prometheus metrics; 0 picks a free one.")] = 8002,
+    world: Annotated[
+        str, typer.Option(envvar="FASTAR_WORLD", help="A built-in world, or a folder with a checkpoint.")
+    ] = "doom",
+    device: Annotated[str, typer.Option(envvar="FASTAR_DEVICE", help="auto, cpu or cuda.")] = "auto",
+    attention: Annotated[
+        str, typer.Option(envvar="FASTAR_ATTENTION", help="dense, window, fastar, or JSON of all its settings.")
+    ] = "fastar",
+    max_streams: Annotated[
+        int, typer.Option(envvar="FASTAR_MAX_STREAMS", help="Streams at a time; more are refused.")
+    ] = 8,
+    idle_seconds: Annotated[float, typer.Option(help="A stream without requests for so long is dropped.")] = 60.0,
+    threads: Annotated[int | None, typer.Option(help="CPU threads of the model.", show_default="all cores")] = None,
+    log_level: Annotated[str, typer.Option(help="debug, info, warning or error.")] = "info",
+    model_repository: Annotated[Path | None, typer.Option(help="Folder that holds fastar/config.pbtxt.")] = None,
+    exit_timeout: Annotated[float, typer.Option(help="Seconds that live streams get to end at Ctrl-C.")] = 30.0,
+) -> None:
+    """Serve live video streams. Ctrl-C drains and stops; a second one stops at once."""
+    from fastar_backend.serve import Server, ServeSettings  # gRPC takes a second to import: not for --help
+
+    given = {name: value for name, value in locals().items() if name in ServeSettings.model_fields}
+    settings = parse(ServeSettings, {k: v for k, v in given.items() if v is not None}, "serve")
+    logging.basicConfig(
+        level=settings.log_level.upper(), format="%(asctime)s %(levelname)-7s %(message)s", datefmt="%H:%M:%S"
+    )
+    server = Server(settings)
+    on_signal(server.stopping, server.kill)
+    say = Console(highlight=False).print
+    say(
+        f"[bold]FAST-AR Serve[/]: loading world {settings.world} (device {settings.device}, {settings.threads} threads)"
+    )
+    try:
+        server.start()
+        if not server.stopping.is_set():
+            say(f"  gRPC     {server.grpc_url}")
+            say(f"  HTTP     {server.http_url}")
+            say(f"  metrics  {server.metrics_url}")
+            local = settings.host in ("127.0.0.1", "localhost", "::1")
+            say("  Only this machine can connect; --host 0.0.0.0 opens it." if local else "  Open to the network.")
+            say(f"[bold green]Ready[/] for {settings.max_streams} streams. Ctrl-C stops.")
+        server.wait()
+    finally:
+        server.stop()
+    say("Stopped.")
+
+
+def on_signal(stopping: threading.Event, kill: object) -> None:
+    """SIGINT and SIGTERM set `stopping`; a second SIGINT calls `kill`."""
+
+    def handle(number: int, frame: FrameType | None) -> None:
+        if stopping.is_set() and number == signal.SIGINT:
+            threading.Thread(target=kill).start()
+        stopping.set()
+
+    signal.signal(signal.SIGINT, handle)
+    signal.signal(signal.SIGTERM, handle)
+
+
+def main() -> None:
+    """Errors made for users end in one line on standard error: status 2 for what the caller gave, 1 for the rest."""
+    try:
+        app()
+    except FastarError as error:
+        if "--debug" in sys.argv:
+            raise
+        print(f"fastar: {error}", file=sys.stderr)
+        sys.exit(2 if isinstance(error, InvalidInput) else 1)

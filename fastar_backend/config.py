@@ -1,0 +1,122 @@
+"""Frozen configuration. Files and requests are parsed into these once, at the edge; derived values are properties."""
+
+from __future__ import annotations
+
+from typing import Any, Literal
+
+from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
+
+from fastar_backend.errors import InvalidInput
+
+
+class Config(BaseModel):
+    """Immutable; unknown fields are errors."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid", strict=False)
+
+
+def parse(kind: type[Config], values: Any, field: str) -> Any:
+    """Validate `values` (a dict) as `kind`; raises InvalidInput naming the first offending field under `field`."""
+    try:
+        return kind.model_validate(values)
+    except ValidationError as error:
+        first = error.errors()[0]
+        path = ".".join([field, *(str(part) for part in first["loc"])])
+        known = ", ".join(sorted(kind.model_fields))
+        allowed = f"one of {known}" if first["type"] == "extra_forbidden" else first["msg"]
+        raise InvalidInput(path, f"got {first['input']!r:.80}", allowed) from None
+
+
+class ModelConfig(Config):
+    """Shape of a causal video diffusion transformer. The defaults are Wan2.1-1.3B's (480x832: latent 60x104)."""
+
+    dim: int = Field(1536, gt=0)
+    layers: int = Field(30, gt=0)
+    heads: int = Field(12, gt=0)
+    ffn_dim: int = Field(8960, gt=0)
+    freq_dim: int = Field(256, gt=0)
+    text_dim: int = Field(4096, gt=0)
+    text_tokens: int = Field(512, gt=0)  # prompts are zero-padded to this length and, as in Wan, not masked
+    latent_channels: int = Field(16, gt=0)
+    latent_height: int = Field(60, gt=0)
+    latent_width: int = Field(104, gt=0)
+    patch: tuple[int, int, int] = (1, 2, 2)
+    action_dim: int = Field(0, ge=0)  # 0: no action conditioning
+    eps: float = 1e-6
+    rope_theta: float = 10000.0
+    # Temporal distance is clamped here (latent frames), so that no position beyond the trained ones ever occurs.
+    rope_max_distance: int = Field(18, gt=0)
+    prediction: Literal["flow", "x0"] = "flow"
+
+    @model_validator(mode="after")
+    def _divisible(self) -> ModelConfig:
+        if self.dim % self.heads or self.head_dim % 2:
+            raise ValueError("dim must be a multiple of heads, and the head dimension even")
+        if self.patch[0] != 1 or self.latent_height % self.patch[1] or self.latent_width % self.patch[2]:
+            raise ValueError("patch must be (1, h, w) with h and w dividing the latent height and width")
+        return self
+
+    @property
+    def head_dim(self) -> int:
+        return self.dim // self.heads
+
+    @property
+    def grid(self) -> tuple[int, int]:
+        """Token rows and columns of one latent frame."""
+        return self.latent_height // self.patch[1], self.latent_width // self.patch[2]
+
+    @property
+    def frame_tokens(self) -> int:
+        return self.grid[0] * self.grid[1]
+
+    @property
+    def rope_split(self) -> tuple[int, int, int]:
+        """Head dimensions rotated by time, height, width (Wan: 44, 42, 42 of 128)."""
+        spatial = 2 * (self.head_dim // 6)
+        return self.head_dim - 2 * spatial, spatial, spatial
+
+
+class SamplerConfig(Config):
+    """Few-step flow matching: sigmas visited from noise to data, and the noise level of the cached clean pass."""
+
+    steps: tuple[float, ...] = (1000.0, 750.0, 500.0, 250.0)  # of 1000, before the shift
+    shift: float = Field(5.0, gt=0)
+    context_noise: float = Field(0.0, ge=0, lt=1)  # sigma of the pass that writes the cache (0: the clean t=0 pass)
+    latent_frames_per_chunk: int = Field(3, gt=0)
+
+    @property
+    def sigmas(self) -> tuple[float, ...]:
+        """sigma' = shift s / (1 + (shift - 1) s), s = step / 1000 (method of Wan and Self-Forcing)."""
+        return tuple(self.shift * s / (1 + (self.shift - 1) * s) for s in (t / 1000 for t in self.steps))
+
+
+class AttentionConfig(Config):
+    """What a query may attend to. `PAPER` below is the published recipe; the defaults are what measured best."""
+
+    kind: Literal["dense", "window", "fastar"] = "fastar"
+    # Hard cap of cached tokens per stream, layer and head, in latent frames' worth of tokens (window and fastar).
+    budget_frames: int = Field(16, ge=1, le=4096)
+    sink_frames: int = Field(0, ge=0, le=64)  # first latent frames, never dropped nor merged
+    recent_frames: int = Field(8, ge=1, le=4096)  # newest latent frames, never dropped nor merged (fastar)
+    # TempCache
+    merge_threshold: float = Field(0.9, ge=-1, le=1)  # cosine of two keys above which they are one group
+    representative: Literal["last", "mean"] = "last"
+    weight: Literal["count", "effective", "none"] = "count"  # log of it is the group's logit bias
+    match: Literal["key", "query"] = "key"  # what looks for its group: the new keys (ours) or the queries (paper)
+    index: Literal["exact", "lsh", "quantised"] = "quantised"
+    index_bits: int = Field(8, ge=1, le=16)  # LSH: sign bits a table
+    index_tables: int = Field(4, ge=1, le=32)
+    # AnnSA: share of cached keys that a block of queries attends to; 1 = off
+    sparse_density: float = Field(1.0, gt=0, le=1)
+    sparse_block: int = Field(48, ge=1, le=4096)  # queries that share one selection
+    dense_steps: float = Field(0.3, ge=0, le=1)  # first share of the denoising steps that stays dense
+    # AnnCA
+    select_text: bool = True
+
+    @model_validator(mode="after")
+    def _budget(self) -> AttentionConfig:
+        if self.kind != "dense" and self.sink_frames + 1 > self.budget_frames:
+            raise ValueError("budget_frames must exceed sink_frames")
+        if self.kind == "fastar" and self.sink_frames + self.recent_frames > self.budget_frames:
+            raise ValueError("budget_frames must hold sink_frames + recent_frames")
+        return self

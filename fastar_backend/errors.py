@@ -1,0 +1,37 @@
+"""Every error a caller can meet. `code` is the KServe/gRPC status name that the edge puts before the message."""
+
+from __future__ import annotations
+
+
+class FastarError(Exception):
+    """Base of all errors raised on purpose by this package. `str(error)` is one line, fit for a user."""
+
+    code = "INTERNAL"
+
+
+class InvalidInput(FastarError):
+    """A value that the caller controls is out of what is allowed."""
+
+    code = "INVALID_ARGUMENT"
+
+    def __init__(self, field: str, problem: str, allowed: str) -> None:
+        super().__init__(f"{field}: {problem}; allowed: {allowed}")
+        self.field = field
+
+
+class UnknownStream(FastarError):
+    """The stream id was never opened, has ended, or idled out."""
+
+    code = "NOT_FOUND"
+
+
+class AtCapacity(FastarError):
+    """No slot or memory is left for another stream."""
+
+    code = "RESOURCE_EXHAUSTED"
+
+
+class WeightsError(FastarError):
+    """A checkpoint is missing, corrupt, or does not fit its configuration."""
+
+    code = "FAILED_PRECONDITION"

@@ -1,0 +1,1 @@
+"""Causal video diffusion: transformer, frame autoencoder, text tokens, checkpoints."""

@@ -1,0 +1,141 @@
+"""The causal video diffusion transformer: Wan2.1's architecture at any size, with actions.
+
+The transformer does not know what its queries may attend to: both attentions are callables given to `forward`
+(`fastar_backend.attention` serves streams; `training` brings a whole-sequence block-causal mask), so one implementation
+serves every attention policy and the training.
+"""
+
+from __future__ import annotations
+
+from typing import Protocol
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from fastar_backend.config import ModelConfig
+from fastar_backend.model.layers import RMSNorm, rotate_space, sinusoidal_embedding, spatial_angles
+
+
+class SelfAttend(Protocol):
+    def __call__(self, layer: int, query: Tensor, key: Tensor, value: Tensor) -> Tensor:
+        """[batch, tokens, heads, head_dim] each; query and key carry spatial rotary positions, no temporal ones."""
+
+
+class CrossAttend(Protocol):
+    def __call__(self, layer: int, query: Tensor) -> Tensor:
+        """query: [batch, tokens, heads, head_dim]; the caller holds the prompt's keys and values."""
+
+
+class _Projections(nn.Module):
+    """Query, key, value, output projections; query and key RMS-normed over the full dim before the head split."""
+
+    def __init__(self, config: ModelConfig) -> None:
+        super().__init__()
+        self.heads = config.heads
+        self.q, self.k, self.v, self.o = (nn.Linear(config.dim, config.dim) for _ in range(4))
+        self.norm_q, self.norm_k = RMSNorm(config.dim, config.eps), RMSNorm(config.dim, config.eps)
+
+    def query(self, x: Tensor) -> Tensor:
+        return self.norm_q(self.q(x)).unflatten(-1, (self.heads, -1))
+
+    def key_value(self, x: Tensor) -> tuple[Tensor, Tensor]:
+        heads = (self.heads, -1)
+        return self.norm_k(self.k(x)).unflatten(-1, heads), self.v(x).unflatten(-1, heads)
+
+    def output(self, x: Tensor) -> Tensor:
+        return self.o(x.flatten(-2))
+
+
+class Block(nn.Module):
+    """Self-attention (modulated), cross-attention (no gate), feed-forward (modulated)."""
+
+    def __init__(self, config: ModelConfig) -> None:
+        super().__init__()
+        self.eps = config.eps
+        self.time_dim = config.rope_split[0]
+        self.self_attn, self.cross_attn = _Projections(config), _Projections(config)
+        self.norm3 = nn.LayerNorm(config.dim, config.eps)
+        self.ffn = nn.Sequential(
+            nn.Linear(config.dim, config.ffn_dim), nn.GELU(approximate="tanh"), nn.Linear(config.ffn_dim, config.dim)
+        )
+        self.modulation = nn.Parameter(torch.randn(1, 6, config.dim) / config.dim**0.5)
+
+    def forward(self, x: Tensor, e: Tensor, layer: int, space: tuple[Tensor, Tensor], attend: SelfAttend,
+                cross: CrossAttend) -> Tensor:  # fmt: skip
+        """x: [B, F, tokens, C]; e: [B, F, 6, C] timestep (and action) modulation per latent frame."""
+        shift1, scale1, gate1, shift2, scale2, gate2 = (
+            part.squeeze(-2).unsqueeze(2) for part in (self.modulation + e).to(x.dtype).split(1, dim=-2)
+        )
+        h = F.layer_norm(x, x.shape[-1:], eps=self.eps) * (1 + scale1) + shift1
+        query = rotate_space(self.self_attn.query(h), *space, self.time_dim)
+        key, value = self.self_attn.key_value(h)
+        key = rotate_space(key, *space, self.time_dim)
+        attended = attend(layer, query.flatten(1, 2), key.flatten(1, 2), value.flatten(1, 2))
+        x = x + self.self_attn.output(attended).view_as(x) * gate1
+        query = self.cross_attn.query(self.norm3(x)).flatten(1, 2)
+        x = x + self.cross_attn.output(cross(layer, query)).view_as(x)
+        h = F.layer_norm(x, x.shape[-1:], eps=self.eps) * (1 + scale2) + shift2
+        return x + self.ffn(h) * gate2
+
+
+class Head(nn.Module):
+    def __init__(self, config: ModelConfig) -> None:
+        super().__init__()
+        self.eps = config.eps
+        self.head = nn.Linear(config.dim, config.latent_channels * config.patch[1] * config.patch[2])
+        self.modulation = nn.Parameter(torch.randn(1, 2, config.dim) / config.dim**0.5)
+
+    def forward(self, x: Tensor, e: Tensor) -> Tensor:
+        """x: [B, F, tokens, C]; e: [B, F, C]."""
+        shift, scale = (self.modulation + e.unsqueeze(-2)).to(x.dtype).unsqueeze(2).unbind(-2)
+        return self.head(F.layer_norm(x, x.shape[-1:], eps=self.eps) * (1 + scale) + shift)
+
+
+class CausalDiT(nn.Module):
+    """Predicts flow or clean latents of the frames given, whatever history the attention callables hold."""
+
+    def __init__(self, config: ModelConfig) -> None:
+        super().__init__()
+        self.config = config
+        dim = config.dim
+        self.patch_embedding = nn.Conv3d(config.latent_channels, dim, config.patch, stride=config.patch)
+        self.text_embedding = nn.Sequential(
+            nn.Linear(config.text_dim, dim), nn.GELU(approximate="tanh"), nn.Linear(dim, dim)
+        )
+        self.time_embedding = nn.Sequential(nn.Linear(config.freq_dim, dim), nn.SiLU(), nn.Linear(dim, dim))
+        self.time_projection = nn.Sequential(nn.SiLU(), nn.Linear(dim, 6 * dim))
+        if config.action_dim:
+            self.action_embedding = nn.Sequential(nn.Linear(config.action_dim, dim), nn.SiLU(), nn.Linear(dim, dim))
+        self.blocks = nn.ModuleList([Block(config) for _ in range(config.layers)])
+        self.head = Head(config)
+        angles = spatial_angles(config.grid, config.rope_split, config.rope_theta)[:, None]
+        self.register_buffer("space_cos", angles.cos().float(), persistent=False)
+        self.register_buffer("space_sin", angles.sin().float(), persistent=False)
+
+    def prompt_keys_values(self, text: Tensor) -> list[tuple[Tensor, Tensor]]:
+        """Cross-attention keys and values [B, text_tokens, heads, head_dim] per layer, computed once a prompt.
+
+        text: [B, text_tokens, text_dim], zero-padded and, as in Wan, not masked.
+        """
+        embedded = self.text_embedding(text)
+        return [block.cross_attn.key_value(embedded) for block in self.blocks]
+
+    def forward(self, latents: Tensor, sigma: Tensor, actions: Tensor | None, attend: SelfAttend,
+                cross: CrossAttend) -> Tensor:  # fmt: skip
+        """latents: [B, F, channels, height, width] at noise level sigma [B, F] in 0..1; actions: [B, F, action_dim].
+        Returns flow or clean latents (`config.prediction`) of the same shape."""
+        config, (batch, frames) = self.config, latents.shape[:2]
+        x = self.patch_embedding(latents.transpose(1, 2)).flatten(3).permute(0, 2, 3, 1)
+        e = self.time_embedding(sinusoidal_embedding(sigma * 1000, config.freq_dim).to(x.dtype))
+        if config.action_dim:
+            e = e + self.action_embedding(actions.to(x.dtype))
+        e6 = self.time_projection(e).unflatten(-1, (6, -1))
+        space = self.space_cos.to(x.dtype), self.space_sin.to(x.dtype)
+        for layer, block in enumerate(self.blocks):
+            x = block(x, e6, layer, space, attend, cross)
+        x = self.head(x, e)
+        rows, columns = config.grid
+        return x.reshape(batch, frames, rows, columns, config.patch[1], config.patch[2], -1).permute(
+            0, 1, 6, 2, 4, 3, 5
+        ).reshape(latents.shape)  # fmt: skip

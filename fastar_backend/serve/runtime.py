@@ -1,0 +1,94 @@
+"""One launch: a private folder with the backend and the rendered model, the command line, the environment."""
+
+from __future__ import annotations
+
+import dataclasses
+import math
+import os
+import shutil
+import sys
+import tempfile
+from pathlib import Path
+
+from google.protobuf import text_format
+from tritonclient.grpc import model_config_pb2
+
+from fastar_backend.serve.install import STUB, Installation
+from fastar_backend.serve.settings import ServeSettings
+
+PARAMETERS = ("world", "device", "attention", "max_streams")
+
+
+@dataclasses.dataclass(frozen=True)
+class Launch:
+    folder: Path  # removed by the guard
+    shared_memory: str  # prefix of the names that Triton's Python backend uses in /dev/shm
+    command: list[str]
+    environment: dict[str, str]
+
+
+def prepare(settings: ServeSettings, ports: dict[str, int], installation: Installation, repository: Path) -> Launch:
+    """Writes the folder. `ports` holds http, grpc, metrics, all free."""
+    folder = Path(tempfile.mkdtemp(prefix="fastar-"))
+    backend = folder / "backends" / "python"
+    backend.mkdir(parents=True)
+    for file in installation.backend.iterdir():
+        if file.name != STUB:
+            (backend / file.name).symlink_to(file)
+    # A link, not a copy: the stub finds its libraries relative to where it really lies.
+    (backend / STUB).symlink_to(installation.stub)
+
+    source, model = repository / "fastar", folder / "models" / "fastar"
+    shutil.copytree(source, model, ignore=shutil.ignore_patterns("__pycache__"))
+    (model / "config.pbtxt").write_text(render((source / "config.pbtxt").read_text(), settings))
+
+    name = folder.name.replace("-", "_")
+    return Launch(
+        folder, name, _command(settings, ports, installation, folder, name), _environment(settings, installation)
+    )
+
+
+def render(config: str, settings: ServeSettings) -> str:
+    """The model's configuration with these settings in it."""
+    message = text_format.Parse(config, model_config_pb2.ModelConfig())
+    message.max_batch_size = settings.max_streams + 1  # the canary rides along
+    batching = message.sequence_batching
+    batching.max_sequence_idle_microseconds = int(settings.idle_seconds * 1e6)
+    values = settings.model_dump(include=set(PARAMETERS)) | {"attention": settings.attention.model_dump_json()}
+    for key in PARAMETERS:
+        message.parameters[key].string_value = str(values[key])
+    return text_format.MessageToString(message)
+
+
+def _command(
+    settings: ServeSettings, ports: dict[str, int], installation: Installation, folder: Path, shared_memory: str
+) -> list[str]:
+    flags = {
+        "model-repository": folder / "models",
+        "backend-directory": folder / "backends",
+        "backend-config": f"python,shm-region-prefix-name={shared_memory}",
+        "disable-auto-complete-config": "true",
+        "exit-timeout-secs": math.ceil(settings.exit_timeout),
+        # A client that vanished without a word is found within 30 s, and its calls are cancelled.
+        "grpc-keepalive-time": 20_000,
+        "grpc-keepalive-timeout": 10_000,
+        "grpc-keepalive-permit-without-calls": 1,
+        "grpc-http2-max-pings-without-data": 0,
+        "grpc-http2-min-recv-ping-interval-without-data": 5_000,
+    }
+    for kind, port in ports.items():
+        flags |= {f"{kind}-address": settings.host, f"{kind}-port": port}
+    return [str(installation.server), *(f"--{name}={value}" for name, value in flags.items())]
+
+
+def _environment(settings: ServeSettings, installation: Installation) -> dict[str, str]:
+    # The rendered configuration holds the settings; the variables that would override it there are done with.
+    environment = {k: v for k, v in os.environ.items() if k not in {f"FASTAR_{name.upper()}" for name in PARAMETERS}}
+    # The stub embeds Python: it takes the first python3 on PATH for its home, and so this environment's packages.
+    environment["PATH"] = os.pathsep.join([str(Path(sys.executable).parent), environment.get("PATH", os.defpath)])
+    if installation.library:
+        libraries = [str(installation.library), environment.get("LD_LIBRARY_PATH", "")]
+        environment["LD_LIBRARY_PATH"] = os.pathsep.join(filter(None, libraries))
+    for name in ("OMP_NUM_THREADS", "MKL_NUM_THREADS", "OPENBLAS_NUM_THREADS"):
+        environment[name] = str(settings.threads)
+    return environment

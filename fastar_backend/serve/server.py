@@ -1,0 +1,299 @@
+"""One watched server: started, proved to answer, restarted when it dies, drained when it is to stop."""
+
+from __future__ import annotations
+
+import contextlib
+import logging
+import os
+import signal
+import socket
+import subprocess
+import sys
+import threading
+import time
+from pathlib import Path
+from types import TracebackType
+
+import psutil
+
+from fastar_backend.errors import InvalidInput
+from fastar_backend.serve import guard, install, runtime
+from fastar_backend.serve.logs import ServerLog
+from fastar_backend.serve.probe import Probe
+from fastar_backend.serve.settings import ServerError, ServeSettings
+
+logger = logging.getLogger("fastar.serve")
+
+POLL = 0.25  # seconds between looks at the processes
+FORGIVEN = 60.0  # seconds of health after which earlier restarts no longer count
+BACKOFF = (0.5, 10.0)  # seconds before the first restart; at most
+
+
+class Server:
+    """Use as a context manager, or start() and stop(). Thread-safe: stop() and kill() may come from anywhere.
+
+    Raises InvalidInput for a port in use, ServerError where the server cannot be started.
+    """
+
+    def __init__(self, settings: ServeSettings) -> None:
+        self.settings = settings
+        self.restarts = 0
+        self.failure: ServerError | None = None  # why it gave up
+        self.stopping = threading.Event()
+        self.stopped = threading.Event()
+        self.ports: dict[str, int] = {}
+        self._attempt: Attempt | None = None
+        self._watcher: threading.Thread | None = None
+
+    @property
+    def grpc_url(self) -> str:
+        return f"{self._reachable}:{self.ports['grpc']}"
+
+    @property
+    def http_url(self) -> str:
+        return f"http://{self._reachable}:{self.ports['http']}"
+
+    @property
+    def metrics_url(self) -> str:
+        return f"http://{self._reachable}:{self.ports['metrics']}/metrics"
+
+    @property
+    def model_processes(self) -> list[psutil.Process]:
+        """The processes that run the model (Triton's stubs); the engine lives in them."""
+        return self._attempt.stubs() if self._attempt else []
+
+    def __enter__(self) -> Server:
+        self.start()
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        self.stop()
+
+    def start(self) -> None:
+        """Returns when a canary has been answered, or when stop() was called meanwhile."""
+        self._installation = install.find()
+        self._repository = install.model_repository(self.settings.model_repository)
+        self.ports = free_ports(self.settings)
+        try:
+            self._launch()
+        except BaseException:
+            self.kill()
+            raise
+        self._watcher = threading.Thread(target=self._watch, name="fastar-watch", daemon=True)
+        self._watcher.start()
+
+    def wait(self) -> None:
+        """Until the server has stopped; raises ServerError if it gave up."""
+        while not self.stopped.wait(1.0):  # in pieces, so that Python handles signals meanwhile
+            pass
+        if self.failure:
+            raise self.failure
+
+    def stop(self) -> None:
+        """Drains: live streams get `exit_timeout` seconds to end, then everything is killed."""
+        self.stopping.set()
+        if self._watcher:
+            self._watcher.join()
+        self.stopped.set()
+
+    def kill(self) -> None:
+        """Ends everything at once."""
+        self.stopping.set()
+        if self._attempt:
+            self._attempt.kill()
+        self.stopped.set()
+
+    @property
+    def _reachable(self) -> str:
+        return {"0.0.0.0": "127.0.0.1", "::": "[::1]"}.get(self.settings.host, self.settings.host)
+
+    def _launch(self) -> None:
+        launch = runtime.prepare(self.settings, self.ports, self._installation, self._repository)
+        self._attempt = Attempt(launch, self.grpc_url, self.settings)
+        self._attempt.wait_until_ready(self.stopping)
+
+    def _watch(self) -> None:
+        in_a_row = 0
+        while not self.stopping.is_set():
+            healthy_since = time.monotonic()
+            reason = self._attempt.watch(self.stopping)
+            while reason and not self.stopping.is_set():
+                in_a_row = 1 if time.monotonic() - healthy_since > FORGIVEN else in_a_row + 1
+                self._attempt.kill()
+                if in_a_row > self.settings.max_restarts:
+                    self.failure = ServerError(f"gave up after {self.settings.max_restarts} restarts: {reason}")
+                    self.stopping.set()
+                    break
+                delay = min(BACKOFF[0] * 2 ** (in_a_row - 1), BACKOFF[1])
+                logger.error("%s; restarting in %.1f s", reason, delay)
+                if self.stopping.wait(delay):
+                    break
+                try:
+                    self.restarts += 1
+                    self._launch()
+                    reason = None
+                    logger.info("answers again")
+                except ServerError as error:
+                    reason = str(error)
+        self._attempt.drain(self.settings.exit_timeout)
+        self.stopped.set()
+
+
+class Attempt:
+    """One life of tritonserver, from its launch to its death."""
+
+    def __init__(self, launch: runtime.Launch, url: str, settings: ServeSettings) -> None:
+        self.settings = settings
+        self.url = url
+        self.log = ServerLog(logger)
+        self.probe: Probe | None = None
+        self.lock = threading.Lock()  # of `probe`
+        # Its own session: Ctrl-C at the terminal reaches only us, and the whole group can be killed.
+        self.guard = subprocess.Popen(
+            [sys.executable, guard.__file__, str(launch.folder), launch.shared_memory, *launch.command],
+            stdin=subprocess.PIPE,
+            stdout=subprocess.PIPE,
+            stderr=subprocess.STDOUT,
+            env=launch.environment,
+            cwd=launch.folder,
+            start_new_session=True,
+        )
+        self.reader = threading.Thread(target=self._read, name="fastar-log", daemon=True)
+        self.reader.start()
+
+    def wait_until_ready(self, stopping: threading.Event) -> None:
+        """Raises ServerError when the server exits, or does not answer within `startup_timeout`."""
+        deadline = time.monotonic() + self.settings.startup_timeout
+        problem = "its port is closed"
+        while not stopping.is_set():
+            if self.guard.poll() is not None:
+                self.reader.join(5)
+                raise ServerError(self.log.failure or f"tritonserver exited with status {self.guard.returncode}")
+            if time.monotonic() > deadline:
+                raise ServerError(f"not ready after {self.settings.startup_timeout:g} s: {problem}")
+            if listening(self.url):
+                try:
+                    self.probe = self.probe or Probe(self.url)
+                    self.probe.check(min(30.0, self.settings.hang_seconds))
+                    return
+                except ServerError as error:
+                    problem = str(error)
+                    if "wrong bytes" in problem:
+                        raise
+            stopping.wait(POLL)
+
+    def watch(self, stopping: threading.Event) -> str | None:
+        """Blocks while the server is well. Returns what is wrong with it, or None when `stopping`."""
+        stubs = self.stubs()
+        period = min(self.settings.canary_seconds, self.settings.idle_seconds / 3)
+        canary = Canary(self.probe, period, self.settings.hang_seconds)
+        try:
+            while not stopping.wait(POLL):
+                if self.guard.poll() is not None:
+                    return f"tritonserver died (status {self.guard.returncode})"
+                # Triton neither restarts a dead model process nor says that it is not ready.
+                if any(not alive(stub) for stub in stubs):
+                    return "the model process died"
+                if canary.failure:
+                    return canary.failure
+            return None
+        finally:
+            canary.stop()
+
+    def stubs(self) -> list[psutil.Process]:
+        try:
+            children = psutil.Process(self.guard.pid).children(recursive=True)
+            return [child for child in children if install.STUB in child.cmdline()[0]]
+        except (psutil.NoSuchProcess, psutil.ZombieProcess, IndexError):
+            return []
+
+    def drain(self, timeout: float) -> None:
+        """Lets live streams end, `timeout` seconds long; then kills."""
+        if self.guard.poll() is None and self.probe:
+            self.probe.close()
+            with contextlib.suppress(BrokenPipeError):
+                self.guard.stdin.write(b"T")
+                self.guard.stdin.flush()
+            with contextlib.suppress(subprocess.TimeoutExpired):
+                self.guard.wait(timeout + 1)
+        self.kill()
+
+    def kill(self) -> None:
+        """Idempotent. The guard does it; the process group is for the case that the guard is dead."""
+        with contextlib.suppress(BrokenPipeError, ValueError):
+            self.guard.stdin.close()
+        with contextlib.suppress(subprocess.TimeoutExpired):
+            self.guard.wait(15)
+        with contextlib.suppress(ProcessLookupError):
+            os.killpg(self.guard.pid, signal.SIGKILL)
+        self.guard.wait()
+        self.reader.join(5)
+        if self.probe:
+            self.probe.client.close()
+
+    def _read(self) -> None:
+        with self.guard.stdout as output:
+            for line in output:
+                self.log.line(line.decode(errors="replace"))
+
+
+class Canary:
+    """Asks again and again in a thread of its own: an answer may take as long as the batch in front of it."""
+
+    def __init__(self, probe: Probe, period: float, patience: float) -> None:
+        self.failure: str | None = None
+        self._probe, self._period, self._patience = probe, period, patience
+        self._stop = threading.Event()
+        self._thread = threading.Thread(target=self._run, name="fastar-canary", daemon=True)
+        self._thread.start()
+
+    def stop(self) -> None:
+        self._stop.set()
+        self._thread.join(5)
+
+    def _run(self) -> None:
+        failures = 0
+        while not self._stop.wait(self._period):
+            try:
+                self._probe.check(self._patience)
+                failures = 0
+            except ServerError as error:
+                failures += 1
+                if failures == 2 or "Deadline" in str(error):
+                    self.failure = str(error)
+                    return
+
+
+def free_ports(settings: ServeSettings) -> dict[str, int]:
+    """The three ports, 0 replaced by a free one; raises InvalidInput naming the option of a port in use."""
+    family = socket.AF_INET6 if ":" in settings.host else socket.AF_INET
+    with contextlib.ExitStack() as held:
+        ports = {}
+        for kind in ("http", "grpc", "metrics"):
+            port = getattr(settings, f"{kind}_port")
+            probe = held.enter_context(socket.socket(family))
+            probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+            try:
+                probe.bind((settings.host, port))
+                probe.listen()
+            except OSError as error:
+                where = f"port {port} of {settings.host}: {error.strerror.lower()}"
+                raise InvalidInput(f"--{kind}-port", where, "a free port, or 0 to have one chosen") from None
+            ports[kind] = probe.getsockname()[1]
+    return ports
+
+
+def listening(url: str) -> bool:
+    host, _, port = url.rpartition(":")
+    with contextlib.suppress(OSError), socket.create_connection((host.strip("[]"), int(port)), timeout=1):
+        return True
+    return False
+
+
+def alive(process: psutil.Process) -> bool:
+    try:
+        return process.is_running() and process.status() != psutil.STATUS_ZOMBIE
+    except psutil.NoSuchProcess:
+        return False

@@ -1,0 +1,90 @@
+"""The whole-sequence form of the causal transformer: every chunk of a window is denoised in one pass.
+
+The sequence is [clean frames | noisy frames]; noisy chunk i sees the clean chunks before it and itself, clean chunk i
+sees clean chunks up to itself: exactly what the cached sampler computes chunk by chunk (tests compare the two).
+Temporal distance is counted from the query's chunk and clamped (`rope_max_distance`), which rotary positions alone cannot
+express; so each key stands there twice, once with its own position for near queries and once with none for far ones, the
+query carrying both rotations in separate head dimensions.
+"""
+
+from __future__ import annotations
+
+import functools
+
+import torch
+from torch import Tensor
+from torch.nn import functional as F
+
+from fastar_backend.config import ModelConfig
+from fastar_backend.model.layers import rotate, rope_rates
+
+
+def visible(query: Tensor, key: Tensor, frames: int, tokens: int, chunk: int, reach: int) -> Tensor:
+    """Whether `query` (index into [clean | noisy], 2 * frames * tokens) may see `key` (index into [clean near | noisy
+    near | clean far])."""
+    length = frames * tokens
+    query_noisy, key_noisy, key_far = query >= length, (key >= length) & (key < 2 * length), key >= 2 * length
+    query_frame, key_frame = (query % length) // tokens, (key % length) // tokens
+    query_chunk, key_chunk = query_frame // chunk, key_frame // chunk
+    far = query_chunk * chunk - key_frame > reach
+    clean = ~key_noisy & (key_far == far) & torch.where(query_noisy, key_chunk < query_chunk, key_chunk <= query_chunk)
+    return clean | (query_noisy & key_noisy & (key_chunk == query_chunk))
+
+
+class WholeSequence:
+    """`SelfAttend` and `CrossAttend` for windows of `frames` latent frames; q, k, v: [B, 2 * frames * tokens, heads, D]."""
+
+    def __init__(self, config: ModelConfig, frames: int, chunk: int, device: torch.device) -> None:
+        self.config, self.frames, self.chunk = config, frames, chunk
+        tokens, reach = config.frame_tokens, config.rope_max_distance
+        self.time_dim = config.rope_split[0]
+        frame = torch.arange(frames, device=device).repeat_interleave(tokens).repeat(2)
+        far = frame % chunk + reach
+        rates = rope_rates(self.time_dim, config.rope_theta).to(device)
+        angles = torch.stack([frame, far]).double()[..., None, None] * rates
+        self.cos, self.sin = angles.cos().float(), angles.sin().float()
+        lengths = 2 * frames * tokens, 3 * frames * tokens
+        visibility = functools.partial(visible, frames=frames, tokens=tokens, chunk=chunk, reach=reach)
+        if device.type == "cuda":
+            from torch.nn.attention.flex_attention import create_block_mask, flex_attention
+
+            torch._dynamo.config.cache_size_limit = 64  # each window length compiles its own
+            self.block_mask = create_block_mask(
+                lambda b, h, q, k: visibility(q, k), None, None, *lengths, device=device, _compile=True
+            )
+            self.flex = torch.compile(flex_attention, dynamic=False)
+        else:
+            self.mask = visibility(torch.arange(lengths[0])[:, None], torch.arange(lengths[1])[None, :])
+        self.prompt: list[tuple[Tensor, Tensor]] = []
+        self.prompt_mask = torch.empty(0)
+
+    def set_prompts(self, keys_values: list[tuple[Tensor, Tensor]], which: Tensor) -> None:
+        """keys_values per layer: [B, prompts * text_tokens, heads, D]; which: [B, frames], the prompt each frame sees."""
+        self.prompt = keys_values
+        prompts = int(keys_values[0][0].shape[1] // self.config.text_tokens)
+        of_query = which.repeat_interleave(self.config.frame_tokens, dim=1).repeat(1, 2)
+        of_key = torch.arange(prompts, device=which.device).repeat_interleave(self.config.text_tokens)
+        self.prompt_mask = (of_query[:, :, None] == of_key)[:, None]
+
+    def attend(self, layer: int, query: Tensor, key: Tensor, value: Tensor) -> Tensor:
+        time, length = self.time_dim, self.frames * self.config.frame_tokens
+        kind = value.dtype
+        q_time, q_space = query[..., :time], query[..., time:]
+        k_time, k_space = key[..., :time], key[..., time:]
+        q = torch.cat([q_space, rotate(q_time, self.cos[0], self.sin[0]), rotate(q_time, self.cos[1], self.sin[1])], -1)
+        near = torch.cat([k_space, rotate(k_time, self.cos[0], self.sin[0]), torch.zeros_like(k_time)], -1)
+        far = torch.cat([k_space, torch.zeros_like(k_time), k_time], -1)[:, :length]
+        k = torch.cat([near, far], 1)
+        v = torch.cat([value, value[:, :length]], 1)
+        scale = self.config.head_dim**-0.5
+        if value.device.type == "cuda":
+            pad = -q.shape[-1] % 128
+            q, k, v = (t.to(kind).transpose(1, 2) for t in (F.pad(q, (0, pad)), F.pad(k, (0, pad)), v))
+            return self.flex(q, k, v, block_mask=self.block_mask, scale=scale).transpose(1, 2)
+        q, k, v = (t.transpose(1, 2) for t in (q, k, v))
+        return F.scaled_dot_product_attention(q, k, v, self.mask, scale=scale).transpose(1, 2)
+
+    def cross(self, layer: int, query: Tensor) -> Tensor:
+        key, value = self.prompt[layer]
+        q, k, v = (t.to(value.dtype).transpose(1, 2) for t in (query, key, value))
+        return F.scaled_dot_product_attention(q, k, v, self.prompt_mask).transpose(1, 2)

@@ -1,0 +1,319 @@
+"""Trains the embedded world: play -> autoencoder -> transformer (true context, then its own) -> decoder on predictions.
+
+    python -m training.train --out out/world --minutes 20          # a GPU; `--tiny` for a smoke run on any machine
+
+Each stage saves to --out and is skipped when its file is there, so a run that was cut off goes on where it stopped.
+"""
+
+from __future__ import annotations
+
+import argparse
+import copy
+import json
+import math
+import time
+from pathlib import Path
+
+import numpy as np
+import torch
+from safetensors.torch import load_file, save_file
+from torch import Tensor, nn
+
+from fastar_backend.config import ModelConfig, SamplerConfig
+from fastar_backend.model.autoencoder import FrameAutoencoder, unit_rms
+from fastar_backend.model.dit import CausalDiT
+from fastar_backend.model.text import HashedWords
+from training import autoencoder
+from training.collect import SCENARIOS, collect
+from training.parallel import WholeSequence
+from training.prompts import sample_prompt
+
+MODEL = ModelConfig(
+    dim=256, layers=7, heads=4, ffn_dim=608, freq_dim=64, text_dim=64, text_tokens=64, latent_channels=32,
+    latent_height=8, latent_width=12, patch=(1, 1, 1), action_dim=7, rope_theta=100.0, rope_max_distance=6,
+    prediction="x0",
+)  # fmt: skip
+SAMPLER = SamplerConfig(steps=(1000.0, 500.0), shift=3.0, context_noise=0.1, latent_frames_per_chunk=2)
+PROMPTS_EACH = 48  # phrasings drawn per scenario for one stage
+
+
+class World(nn.Module):
+    """All that is trained and shipped."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.dit = CausalDiT(MODEL)
+        self.text = HashedWords(MODEL.text_dim, MODEL.text_tokens)
+        self.autoencoder = FrameAutoencoder(MODEL.latent_channels)
+        nn.init.zeros_(self.dit.head.head.weight)
+        nn.init.normal_(self.dit.time_projection[1].weight, std=0.005)
+        nn.init.normal_(self.text.table.weight, std=1.0)
+        with torch.no_grad():
+            self.text.table.weight[0] = 0
+
+
+class Windows:
+    """Random windows of the recorded play, on the device. A share of them cuts to another scenario half way, with the
+    prompt, so that a prompt change during a stream is something the model has seen."""
+
+    def __init__(self, data: dict[str, np.ndarray], latents: Tensor, device: torch.device, seed: int) -> None:
+        self.latents, self.device = latents, device
+        self.actions = torch.from_numpy(data["actions"]).to(device)
+        self.scenario = torch.from_numpy(data["scenario"].astype(np.int64)).to(device)
+        self.episode = data["episode"]
+        self.rng = np.random.default_rng(seed)
+        self.starts: dict[int, np.ndarray] = {}
+
+    def _starts(self, frames: int) -> np.ndarray:
+        """Rows at which `frames` rows of one episode follow."""
+        if frames not in self.starts:
+            rows = np.arange(len(self.episode) - frames + 1)
+            self.starts[frames] = rows[self.episode[rows] == self.episode[rows + frames - 1]]
+        return self.starts[frames]
+
+    def sample(self, batch: int, frames: int, chunk: int, cut: float = 0.15):
+        """rows [B, frames] into the table, and which of the two prompts (0 before the cut, 1 after) [B, frames]."""
+        starts = self._starts(frames)
+        offsets = np.arange(frames)
+        rows = self.rng.choice(starts, batch)[:, None] + offsets
+        other = self.rng.choice(starts, batch)[:, None] + offsets
+        at = np.where(self.rng.random(batch) < cut, chunk * self.rng.integers(1, frames // chunk, batch), frames)
+        after = offsets >= at[:, None]
+        rows = np.where(after, other, rows)
+        rows, after = torch.from_numpy(rows).to(self.device), torch.from_numpy(after.astype(np.int64)).to(self.device)
+        return rows, after, self.scenario[rows[:, 0]], self.scenario[rows[:, -1]]
+
+
+class PromptTable:
+    """Tokenised random phrasings per scenario; rows are drawn without leaving the device."""
+
+    def __init__(self, text: HashedWords, device: torch.device, seed: int) -> None:
+        rng = np.random.default_rng(seed)
+        from fastar_backend.model.text import tokenise
+
+        self.tokens = torch.zeros(len(SCENARIOS), PROMPTS_EACH, text.length, dtype=torch.long)
+        for row, scenario in enumerate(SCENARIOS):
+            for column in range(PROMPTS_EACH):
+                found = tokenise(sample_prompt(scenario.name, rng), text.length)
+                self.tokens[row, column, : len(found)] = torch.tensor(found)
+        self.tokens = self.tokens.to(device)
+
+    def __call__(self, text: HashedWords, scenario: Tensor) -> Tensor:
+        """[B] -> [B, text_tokens, text_dim]; a word in twenty is replaced by a random one, a prompt in twenty is empty."""
+        picked = torch.randint(PROMPTS_EACH, scenario.shape, device=scenario.device)
+        tokens = self.tokens[scenario, picked]
+        noise = torch.randint_like(tokens, 1, text.table.num_embeddings)
+        tokens = torch.where((torch.rand_like(tokens, dtype=torch.float) < 0.05) & (tokens > 0), noise, tokens)
+        return text.table(tokens * (torch.rand(len(tokens), 1, device=tokens.device) > 0.05))
+
+
+def add_noise(clean: Tensor, sigma: Tensor) -> Tensor:
+    s = sigma[..., None, None, None]
+    return (1 - s) * clean + s * torch.randn_like(clean)
+
+
+class Trainer:
+    def __init__(self, world: World, windows: Windows, device: torch.device) -> None:
+        self.world, self.windows, self.device = world, windows, device
+        self.prompts = PromptTable(world.text, device, 1)
+        self.sequences: dict[int, WholeSequence] = {}
+        self.autocast = torch.autocast(device.type, torch.bfloat16, enabled=device.type == "cuda")
+        self.forward = torch.compile(world.dit, dynamic=False) if device.type == "cuda" else world.dit
+
+    def sequence(self, frames: int) -> WholeSequence:
+        if frames not in self.sequences:
+            self.sequences[frames] = WholeSequence(MODEL, frames, SAMPLER.latent_frames_per_chunk, self.device)
+        return self.sequences[frames]
+
+    def predict(self, sequence, context, context_sigma, noisy, sigma, actions) -> Tensor:
+        """Clean latents [B, frames, C, h, w] predicted for the noisy half."""
+        latents, sigmas = torch.cat([context, noisy], 1), torch.cat([context_sigma, sigma], 1)
+        output = self.forward(latents, sigmas, torch.cat([actions, actions], 1), sequence.attend, sequence.cross)
+        return output[:, context.shape[1] :].float()
+
+    @torch.no_grad()
+    def own_context(self, sequence, clean: Tensor, actions: Tensor, rounds: int) -> Tensor:
+        """The model's own few-step predictions of all chunks at once, `rounds` times over: errors pile up in the
+        context as they do in a rollout."""
+        batch, frames = clean.shape[:2]
+        context, chunk = clean, SAMPLER.latent_frames_per_chunk
+        for _ in range(rounds):
+            level = torch.full((batch, frames), SAMPLER.context_noise, device=self.device)
+            noised = add_noise(context, level)
+            x0 = torch.zeros_like(clean)
+            for sigma in SAMPLER.sigmas:
+                s = torch.full((batch, frames), sigma, device=self.device)
+                x0 = self.predict(sequence, noised, level, add_noise(x0, s), s, actions)
+            x0 = unit_rms(x0, 2)
+            keep = torch.rand(batch, frames // chunk, device=self.device) < 0.15  # some chunks stay true
+            keep = keep.repeat_interleave(chunk, 1)[..., None, None, None]
+            context = torch.where(keep, clean, x0)
+        return context
+
+    def batch(self, size: int, frames: int):
+        rows, after, first, last = self.windows.sample(size, frames, SAMPLER.latent_frames_per_chunk)
+        clean = self.windows.latents[rows].float()
+        actions = self.windows.actions[rows].float()
+        return rows, clean, actions, after, (first, last)
+
+    def condition(self, sequence, after, scenarios) -> None:
+        text = torch.stack([self.prompts(self.world.text, s) for s in scenarios], 1)
+        keys_values = self.world.dit.prompt_keys_values(text.flatten(0, 1))
+        merged = [tuple(t.unflatten(0, (-1, 2)).flatten(1, 2) for t in pair) for pair in keys_values]
+        sequence.set_prompts(merged, after)
+
+    def loss(self, size: int, frames: int, rounds: int) -> Tensor:
+        sequence, chunk = self.sequence(frames), SAMPLER.latent_frames_per_chunk
+        _, clean, actions, after, scenarios = self.batch(size, frames)
+        with self.autocast:
+            self.condition(sequence, after, scenarios)
+            context = clean
+            if rounds:
+                context = self.own_context(sequence, clean, actions, rounds)
+            level = 0.3 * torch.rand(size, 1, device=self.device) * (torch.rand(size, 1, device=self.device) < 0.7)
+            level = level.expand(size, frames) if not rounds else level.mul(2 / 3).expand(size, frames)
+            u = torch.rand(size, frames // chunk, device=self.device)
+            u = torch.where(torch.rand_like(u) < 0.3, torch.ones_like(u), u)  # few steps: pure noise matters most
+            sigma = (SAMPLER.shift * u / (1 + (SAMPLER.shift - 1) * u)).repeat_interleave(chunk, 1)
+            x0 = self.predict(sequence, add_noise(context, level), level, add_noise(clean, sigma), sigma, actions)
+        weight = 1 / sigma.clamp(min=0.3)
+        return ((x0 - clean).square().mean((2, 3, 4)) * weight).mean()
+
+    def run(self, seconds: float, plan, rate: float, warm: int, log=print) -> dict[str, list]:
+        """plan(progress 0..1) -> (batch, frames, rounds). Leaves the averaged weights in the model."""
+        parameters = [*self.world.dit.parameters(), *self.world.text.parameters()]
+        optimiser = torch.optim.AdamW(parameters, lr=rate, betas=(0.9, 0.98), weight_decay=0.02,
+                                      fused=self.device.type == "cuda")  # fmt: skip
+        average = [p.detach().clone() for p in parameters]
+        curves: dict[str, list] = {"step": [], "seconds": [], "loss": [], "frames": [], "rounds": []}
+        began, step, recent = time.monotonic(), 0, []
+        while (elapsed := time.monotonic() - began) < seconds:
+            done = elapsed / seconds
+            for group in optimiser.param_groups:
+                group["lr"] = rate * min(1, (step + 1) / warm) * (0.04 + 0.96 * 0.5 * (1 + math.cos(math.pi * done)))
+            size, frames, rounds = plan(done)
+            loss = self.loss(size, frames, rounds)
+            loss.backward()
+            nn.utils.clip_grad_norm_(parameters, 1.0)
+            optimiser.step()
+            optimiser.zero_grad(set_to_none=True)
+            decay = min(0.998, (step + 1) / (step + 20))
+            torch._foreach_lerp_(average, [p.detach() for p in parameters], 1 - decay)
+            step += 1
+            recent.append(loss.detach())
+            if step % 100 == 0 or step <= 2:
+                value = torch.stack(recent).mean().item()
+                recent = []
+                for name, item in zip(curves, (step, elapsed, value, frames, rounds), strict=True):
+                    curves[name].append(round(item, 4))
+                log(f"transformer {step}: {elapsed:.0f}s loss {value:.4f} window {size}x{frames} rounds {rounds}")
+        with torch.no_grad():
+            for parameter, mean in zip(parameters, average, strict=True):
+                parameter.copy_(mean)
+        return curves
+
+    @torch.no_grad()
+    def predictions(self, size: int, frames: int) -> tuple[Tensor, Tensor]:
+        """(rows [n], predicted latents [n, C, h, w]) as a stream would show them, for the decoder's last stage."""
+        sequence = self.sequence(frames)
+        rows, clean, actions, after, scenarios = self.batch(size, frames)
+        with self.autocast:
+            self.condition(sequence, after, scenarios)
+            predicted = self.own_context(sequence, clean, actions, int(torch.randint(1, 3, ())))
+        return rows.flatten(), predicted.flatten(0, 1)
+
+
+def encode_all(model: FrameAutoencoder, frames: Tensor, device: torch.device) -> Tensor:
+    with torch.no_grad(), torch.autocast(device.type, torch.bfloat16, enabled=device.type == "cuda"):
+        parts = [model.encode(autoencoder.to_video(part.to(device))).bfloat16() for part in frames.split(512)]
+    return torch.cat(parts)
+
+
+def main() -> None:
+    cli = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    cli.add_argument("--out", type=Path, required=True)
+    cli.add_argument("--latent-frames", type=int, default=40000, help="per scenario")
+    cli.add_argument("--workers", type=int, default=15)
+    cli.add_argument("--autoencoder-seconds", type=float, default=150)
+    cli.add_argument("--context-seconds", type=float, default=420, help="stage 1: true context")
+    cli.add_argument("--own-seconds", type=float, default=420, help="stage 2: the model's own context")
+    cli.add_argument("--decoder-seconds", type=float, default=60)
+    cli.add_argument("--tiny", action="store_true")
+    args = cli.parse_args()
+    args.out.mkdir(parents=True, exist_ok=True)
+    torch.manual_seed(0)
+    torch.backends.cuda.matmul.allow_tf32 = True
+    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    scale, short = (1, 4) if args.tiny else (8, 24)  # batch and window lengths
+    began = time.monotonic()
+
+    def log(text: str) -> None:
+        print(f"[{time.monotonic() - began:6.0f}s] {text}", flush=True)
+
+    stored = args.out / "play.npz"
+    if stored.exists():
+        data = dict(np.load(stored))
+    else:
+        data = collect(args.latent_frames, args.workers)
+        np.savez(stored, **data)
+    log(f"{len(data['frames'])} latent frames, {data['episode'].max() + 1} episodes")
+    frames = torch.from_numpy(data["frames"])
+    if device.type == "cuda":
+        frames = frames.to(device)
+
+    world = World().to(device)
+    curves_path = args.out / "curves.json"
+    curves = json.loads(curves_path.read_text()) if curves_path.exists() else {}
+
+    def stage(name: str, work) -> None:
+        path = args.out / f"{name}.safetensors"
+        if path.exists():
+            world.load_state_dict({k: v.float() for k, v in load_file(path).items()})
+            return
+        curves[name] = work()
+        state = {k: v.detach().half().cpu().contiguous() for k, v in world.state_dict().items()}
+        save_file(state, path)
+        curves_path.write_text(json.dumps(curves))
+        log(f"{name} done")
+
+    def autoencoder_stage():
+        def batches():
+            return frames[torch.randint(len(frames), (32 * scale,), device=frames.device)].to(device), None
+
+        return autoencoder.train(world.autoencoder, batches, args.autoencoder_seconds, adversarial_from=0.45, log=log)
+
+    stage("autoencoder", autoencoder_stage)
+    windows = Windows(data, encode_all(world.autoencoder, frames, device), device, seed=2)
+    log(f"latents: mean {windows.latents.float().mean():.3f} std {windows.latents.float().std():.3f}")
+    trainer = Trainer(world, windows, device)
+
+    def context_plan(done: float):
+        return (6 * scale, short, 0) if done < 0.55 else (2 * scale, 3 * short, 0)
+
+    def own_plan(done: float):
+        rounds = int(torch.randint(0, 4, ()))
+        return (4 * scale, 2 * short, rounds) if done < 0.6 else (2 * scale, 4 * short, rounds)
+
+    stage("context", lambda: trainer.run(args.context_seconds, context_plan, 1.2e-3, 200, log))
+    stage("own", lambda: trainer.run(args.own_seconds, own_plan, 4e-4, 50, log))
+
+    def decoder_stage():
+        pool: dict[str, Tensor] = {}
+
+        def batches():
+            if not pool or torch.rand(()) < 0.05:
+                pool["rows"], pool["latents"] = trainer.predictions(2 * scale, 2 * short)
+            picked = torch.randint(len(pool["rows"]), (24 * scale,), device=device)
+            rows, latents = pool["rows"][picked], pool["latents"][picked]
+            true = torch.rand(len(rows), 1, 1, 1, device=device) < 0.3
+            target = frames[rows.to(frames.device)].to(device)
+            return target, torch.where(true, windows.latents[rows].float(), latents)
+
+        return autoencoder.train(world.autoencoder, batches, args.decoder_seconds, adversarial_from=0.1, encoder=False,
+                                 learning_rate=4e-4, log=log)  # fmt: skip
+
+    stage("decoder", decoder_stage)
+
+
+if __name__ == "__main__":
+    main()
