@@ -103,3 +103,7 @@ def main() -> None:
             raise
         print(f"fastar: {error}", file=sys.stderr)
         sys.exit(2 if isinstance(error, InvalidInput) else 1)
+
+
+if __name__ == "__main__":
+    main()

@@ -27,12 +27,23 @@ def visible(query: Tensor, key: Tensor, frames: int, tokens: int, chunk: int, re
     query_frame, key_frame = (query % length) // tokens, (key % length) // tokens
     query_chunk, key_chunk = query_frame // chunk, key_frame // chunk
     far = query_chunk * chunk - key_frame > reach
-    clean = ~key_noisy & (key_far == far) & torch.where(query_noisy, key_chunk < query_chunk, key_chunk <= query_chunk)
+    clean = ~key_noisy & ((key_far & far) | (~key_far & ~far)) & torch.where(query_noisy, key_chunk < query_chunk, key_chunk <= query_chunk)
     return clean | (query_noisy & key_noisy & (key_chunk == query_chunk))
 
 
+class Prompts:
+    """`CrossAttend` of one layer to several prompts; a mask says which frame sees which."""
+
+    def __init__(self, key: Tensor, value: Tensor, mask: Tensor) -> None:
+        self.key, self.value, self.mask = key, value, mask
+
+    def __call__(self, query: Tensor) -> Tensor:
+        q, k, v = (t.to(self.value.dtype).transpose(1, 2) for t in (query, self.key, self.value))
+        return F.scaled_dot_product_attention(q, k, v, self.mask).transpose(1, 2)
+
+
 class WholeSequence:
-    """`SelfAttend` and `CrossAttend` for windows of `frames` latent frames; q, k, v: [B, 2 * frames * tokens, heads, D]."""
+    """`SelfAttend` for windows of `frames` latent frames; q, k, v: [B, 2 * frames * tokens, heads, D]."""
 
     def __init__(self, config: ModelConfig, frames: int, chunk: int, device: torch.device) -> None:
         self.config, self.frames, self.chunk = config, frames, chunk
@@ -52,21 +63,11 @@ class WholeSequence:
             self.block_mask = create_block_mask(
                 lambda b, h, q, k: visibility(q, k), None, None, *lengths, device=device, _compile=True
             )
-            self.flex = torch.compile(flex_attention, dynamic=False)
+            self.flex = flex_attention
         else:
             self.mask = visibility(torch.arange(lengths[0])[:, None], torch.arange(lengths[1])[None, :])
-        self.prompt: list[tuple[Tensor, Tensor]] = []
-        self.prompt_mask = torch.empty(0)
 
-    def set_prompts(self, keys_values: list[tuple[Tensor, Tensor]], which: Tensor) -> None:
-        """keys_values per layer: [B, prompts * text_tokens, heads, D]; which: [B, frames], the prompt each frame sees."""
-        self.prompt = keys_values
-        prompts = int(keys_values[0][0].shape[1] // self.config.text_tokens)
-        of_query = which.repeat_interleave(self.config.frame_tokens, dim=1).repeat(1, 2)
-        of_key = torch.arange(prompts, device=which.device).repeat_interleave(self.config.text_tokens)
-        self.prompt_mask = (of_query[:, :, None] == of_key)[:, None]
-
-    def attend(self, layer: int, query: Tensor, key: Tensor, value: Tensor) -> Tensor:
+    def __call__(self, query: Tensor, key: Tensor, value: Tensor) -> Tensor:
         time, length = self.time_dim, self.frames * self.config.frame_tokens
         kind = value.dtype
         q_time, q_space = query[..., :time], query[..., time:]
@@ -84,7 +85,10 @@ class WholeSequence:
         q, k, v = (t.transpose(1, 2) for t in (q, k, v))
         return F.scaled_dot_product_attention(q, k, v, self.mask, scale=scale).transpose(1, 2)
 
-    def cross(self, layer: int, query: Tensor) -> Tensor:
-        key, value = self.prompt[layer]
-        q, k, v = (t.to(value.dtype).transpose(1, 2) for t in (query, key, value))
-        return F.scaled_dot_product_attention(q, k, v, self.prompt_mask).transpose(1, 2)
+    def prompts(self, keys_values: list[tuple[Tensor, Tensor]], which: Tensor) -> list[Prompts]:
+        """keys_values per layer: [B, prompts * text_tokens, heads, D]; which: [B, frames], the prompt each frame sees."""
+        count = keys_values[0][0].shape[1] // self.config.text_tokens
+        of_query = which.repeat_interleave(self.config.frame_tokens, dim=1).repeat(1, 2)
+        of_key = torch.arange(count, device=which.device).repeat_interleave(self.config.text_tokens)
+        mask = (of_query[:, :, None] == of_key)[:, None]
+        return [Prompts(key, value, mask) for key, value in keys_values]

@@ -1,6 +1,6 @@
 """Trains the embedded world: play -> autoencoder -> transformer (true context, then its own) -> decoder on predictions.
 
-    python -m training.train --out out/world --minutes 20          # a GPU; `--tiny` for a smoke run on any machine
+    python -m training.train --out out/world       # 17 minutes on one H200; `--tiny`: a smoke run on any machine
 
 Each stage saves to --out and is skipped when its file is there, so a run that was cut off goes on where it stopped.
 """
@@ -29,7 +29,7 @@ from training.parallel import WholeSequence
 from training.prompts import sample_prompt
 
 MODEL = ModelConfig(
-    dim=256, layers=7, heads=4, ffn_dim=608, freq_dim=64, text_dim=64, text_tokens=64, latent_channels=32,
+    dim=256, layers=7, heads=4, ffn_dim=608, freq_dim=64, text_dim=64, text_tokens=64, latent_channels=48,
     latent_height=8, latent_width=12, patch=(1, 1, 1), action_dim=7, rope_theta=100.0, rope_max_distance=6,
     prediction="x0",
 )  # fmt: skip
@@ -118,21 +118,25 @@ class Trainer:
         self.prompts = PromptTable(world.text, device, 1)
         self.sequences: dict[int, WholeSequence] = {}
         self.autocast = torch.autocast(device.type, torch.bfloat16, enabled=device.type == "cuda")
-        self.forward = torch.compile(world.dit, dynamic=False) if device.type == "cuda" else world.dit
+        if device.type == "cuda":  # block by block: all layers share one compilation per window length
+            for block in world.dit.blocks:
+                block.compile(dynamic=False)
 
     def sequence(self, frames: int) -> WholeSequence:
         if frames not in self.sequences:
             self.sequences[frames] = WholeSequence(MODEL, frames, SAMPLER.latent_frames_per_chunk, self.device)
         return self.sequences[frames]
 
-    def predict(self, sequence, context, context_sigma, noisy, sigma, actions) -> Tensor:
+    def predict(self, sequence, prompts, context, context_sigma, noisy, sigma, actions) -> Tensor:
         """Clean latents [B, frames, C, h, w] predicted for the noisy half."""
         latents, sigmas = torch.cat([context, noisy], 1), torch.cat([context_sigma, sigma], 1)
-        output = self.forward(latents, sigmas, torch.cat([actions, actions], 1), sequence.attend, sequence.cross)
+        output = self.world.dit(
+            latents, sigmas, torch.cat([actions, actions], 1), [sequence] * MODEL.layers, prompts
+        )
         return output[:, context.shape[1] :].float()
 
     @torch.no_grad()
-    def own_context(self, sequence, clean: Tensor, actions: Tensor, rounds: int) -> Tensor:
+    def own_context(self, sequence, prompts, clean: Tensor, actions: Tensor, rounds: int) -> Tensor:
         """The model's own few-step predictions of all chunks at once, `rounds` times over: errors pile up in the
         context as they do in a rollout."""
         batch, frames = clean.shape[:2]
@@ -143,7 +147,7 @@ class Trainer:
             x0 = torch.zeros_like(clean)
             for sigma in SAMPLER.sigmas:
                 s = torch.full((batch, frames), sigma, device=self.device)
-                x0 = self.predict(sequence, noised, level, add_noise(x0, s), s, actions)
+                x0 = self.predict(sequence, prompts, noised, level, add_noise(x0, s), s, actions)
             x0 = unit_rms(x0, 2)
             keep = torch.rand(batch, frames // chunk, device=self.device) < 0.15  # some chunks stay true
             keep = keep.repeat_interleave(chunk, 1)[..., None, None, None]
@@ -156,26 +160,26 @@ class Trainer:
         actions = self.windows.actions[rows].float()
         return rows, clean, actions, after, (first, last)
 
-    def condition(self, sequence, after, scenarios) -> None:
+    def condition(self, sequence, after, scenarios):
         text = torch.stack([self.prompts(self.world.text, s) for s in scenarios], 1)
         keys_values = self.world.dit.prompt_keys_values(text.flatten(0, 1))
         merged = [tuple(t.unflatten(0, (-1, 2)).flatten(1, 2) for t in pair) for pair in keys_values]
-        sequence.set_prompts(merged, after)
+        return sequence.prompts(merged, after)
 
     def loss(self, size: int, frames: int, rounds: int) -> Tensor:
         sequence, chunk = self.sequence(frames), SAMPLER.latent_frames_per_chunk
         _, clean, actions, after, scenarios = self.batch(size, frames)
         with self.autocast:
-            self.condition(sequence, after, scenarios)
+            prompts = self.condition(sequence, after, scenarios)
             context = clean
             if rounds:
-                context = self.own_context(sequence, clean, actions, rounds)
+                context = self.own_context(sequence, prompts, clean, actions, rounds)
             level = 0.3 * torch.rand(size, 1, device=self.device) * (torch.rand(size, 1, device=self.device) < 0.7)
             level = level.expand(size, frames) if not rounds else level.mul(2 / 3).expand(size, frames)
             u = torch.rand(size, frames // chunk, device=self.device)
             u = torch.where(torch.rand_like(u) < 0.3, torch.ones_like(u), u)  # few steps: pure noise matters most
             sigma = (SAMPLER.shift * u / (1 + (SAMPLER.shift - 1) * u)).repeat_interleave(chunk, 1)
-            x0 = self.predict(sequence, add_noise(context, level), level, add_noise(clean, sigma), sigma, actions)
+            x0 = self.predict(sequence, prompts, add_noise(context, level), level, add_noise(clean, sigma), sigma, actions)
         weight = 1 / sigma.clamp(min=0.3)
         return ((x0 - clean).square().mean((2, 3, 4)) * weight).mean()
 
@@ -218,8 +222,9 @@ class Trainer:
         sequence = self.sequence(frames)
         rows, clean, actions, after, scenarios = self.batch(size, frames)
         with self.autocast:
-            self.condition(sequence, after, scenarios)
-            predicted = self.own_context(sequence, clean, actions, int(torch.randint(1, 3, ())))
+            prompts = self.condition(sequence, after, scenarios)
+            rounds = int(torch.randint(1, 3, ()))
+            predicted = self.own_context(sequence, prompts, clean, actions, rounds)
         return rows.flatten(), predicted.flatten(0, 1)
 
 
@@ -232,12 +237,13 @@ def encode_all(model: FrameAutoencoder, frames: Tensor, device: torch.device) ->
 def main() -> None:
     cli = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     cli.add_argument("--out", type=Path, required=True)
-    cli.add_argument("--latent-frames", type=int, default=40000, help="per scenario")
+    cli.add_argument("--latent-frames", type=int, default=25000, help="per scenario")
     cli.add_argument("--workers", type=int, default=15)
-    cli.add_argument("--autoencoder-seconds", type=float, default=150)
-    cli.add_argument("--context-seconds", type=float, default=420, help="stage 1: true context")
-    cli.add_argument("--own-seconds", type=float, default=420, help="stage 2: the model's own context")
-    cli.add_argument("--decoder-seconds", type=float, default=60)
+    cli.add_argument("--autoencoder-seconds", type=float, default=110)
+    cli.add_argument("--context-seconds", type=float, default=390, help="stage 1: true context")
+    cli.add_argument("--own-seconds", type=float, default=400, help="stage 2: the model's own context")
+    cli.add_argument("--decoder-seconds", type=float, default=50)
+    cli.add_argument("--until", choices=("autoencoder", "context", "decoder"), default="decoder", help="last stage")
     cli.add_argument("--tiny", action="store_true")
     args = cli.parse_args()
     args.out.mkdir(parents=True, exist_ok=True)
@@ -262,6 +268,7 @@ def main() -> None:
         frames = frames.to(device)
 
     world = World().to(device)
+    world.autoencoder.to(memory_format=torch.channels_last)
     curves_path = args.out / "curves.json"
     curves = json.loads(curves_path.read_text()) if curves_path.exists() else {}
 
@@ -283,6 +290,8 @@ def main() -> None:
         return autoencoder.train(world.autoencoder, batches, args.autoencoder_seconds, adversarial_from=0.45, log=log)
 
     stage("autoencoder", autoencoder_stage)
+    if args.until == "autoencoder":
+        return
     windows = Windows(data, encode_all(world.autoencoder, frames, device), device, seed=2)
     log(f"latents: mean {windows.latents.float().mean():.3f} std {windows.latents.float().std():.3f}")
     trainer = Trainer(world, windows, device)
@@ -292,9 +301,11 @@ def main() -> None:
 
     def own_plan(done: float):
         rounds = int(torch.randint(0, 4, ()))
-        return (4 * scale, 2 * short, rounds) if done < 0.6 else (2 * scale, 4 * short, rounds)
+        return 2 * scale, 3 * short, rounds
 
-    stage("context", lambda: trainer.run(args.context_seconds, context_plan, 1.2e-3, 200, log))
+    stage("context", lambda: trainer.run(args.context_seconds, context_plan, 1e-3, 200, log))
+    if args.until == "context":
+        return
     stage("own", lambda: trainer.run(args.own_seconds, own_plan, 4e-4, 50, log))
 
     def decoder_stage():
@@ -302,7 +313,7 @@ def main() -> None:
 
         def batches():
             if not pool or torch.rand(()) < 0.05:
-                pool["rows"], pool["latents"] = trainer.predictions(2 * scale, 2 * short)
+                pool["rows"], pool["latents"] = trainer.predictions(2 * scale, 3 * short)
             picked = torch.randint(len(pool["rows"]), (24 * scale,), device=device)
             rows, latents = pool["rows"][picked], pool["latents"][picked]
             true = torch.rand(len(rows), 1, 1, 1, device=device) < 0.3

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import itertools
+import re
 from collections.abc import AsyncIterable, Iterable, Iterator
 from pathlib import Path
 
@@ -52,8 +53,8 @@ class Script:
         return tuple(taken + [self.held] * (latent_frames - len(taken)))
 
 
-def parse_script(text: str, loop: bool) -> Iterator[str]:
-    """The actions of "forward*8,turn_left*4,": comma-separated, `*N` repeats, an empty item is no button.
+def parse_script(text: str, loop: bool) -> str | Iterator[str]:
+    """The actions of "forward*8,turn_left*4": comma-separated, `*N` repeats, an empty item is no button.
 
     "@path" reads the script from a file, where new lines separate like commas. Raises InvalidArgument.
     """
@@ -65,10 +66,10 @@ def parse_script(text: str, loop: bool) -> Iterator[str]:
     runs: list[tuple[str, int]] = []
     for item in text.split(","):
         action, star, count = (part.strip() for part in item.partition("*"))
-        if star and not (count.isascii() and count.isdigit() and 1 <= len(count) <= 7 and 1 <= int(count) <= MAX_REPEAT):
+        if star and not (re.fullmatch(r"[0-9]{1,7}", count) and 1 <= int(count) <= MAX_REPEAT):
             raise invalid("actions", item.strip(), f"action*N with N 1..{MAX_REPEAT}")
         runs.append((check_action(action), int(count) if star else 1))
-    once = itertools.chain.from_iterable(itertools.repeat(action, count) for action, count in runs)
-    if len({action for action, _ in runs}) == 1 and loop:
-        return itertools.repeat(runs[0][0])
-    return itertools.chain.from_iterable(itertools.repeat(a, n) for a, n in itertools.cycle(runs)) if loop else once
+    if loop and len({action for action, _ in runs}) == 1:
+        return runs[0][0]
+    played = itertools.cycle(runs) if loop else runs
+    return itertools.chain.from_iterable(itertools.repeat(action, count) for action, count in played)

@@ -109,7 +109,7 @@ TRITON: list[tuple[str, type[FastarError], str]] = [
 
 
 def from_server(message: str) -> FastarError:
-    """The exception for an error message that came in a reply: the model's `CODE: field: what`, or Triton's own words."""
+    """The exception for a reply's error message: the model's `CODE: field: what`, or Triton's own words."""
     if coded := CODED.search(message):
         return BY_CODE[coded[1]](coded[2])
     for pattern, kind, meaning in TRITON:
@@ -118,18 +118,19 @@ def from_server(message: str) -> FastarError:
     return ServerError(f"server: {message}; its log tells more")
 
 
-def from_grpc(code: str, details: str, url: str) -> FastarError:
-    """The exception for a failed gRPC call. `code` is the name of a grpc.StatusCode."""
-    if re.search(r"http1\.x|http/1|HTTP_1|misdirected|Expected SETTINGS|HTTP2 status|http status", details, re.IGNORECASE):
-        return ServerUnavailable(f"{url}: does not speak gRPC; give Triton's gRPC port, usually 8001 ({details})")
-    if re.search(r"failed to connect|connection refused|DNS|resol|no route|unreachable|timed out", details, re.IGNORECASE):
-        return ServerUnavailable(f"no Triton server at {url}; start one with `fastar serve`")
+def from_grpc(code: str, details: str, url: str, streaming: bool = False) -> FastarError:
+    """The exception for a failed gRPC call. code: name of a grpc.StatusCode; streaming: replies had come already."""
+    lost = code in ("UNAVAILABLE", "CANCELLED", "INTERNAL", "UNKNOWN", "ABORTED")
+    if lost and not streaming:
+        if re.search(r"http1\.x|http/1|HTTP2 status|Expected SETTINGS", details, re.IGNORECASE):
+            return ServerUnavailable(f"{url}: does not speak gRPC; give Triton's gRPC port, usually 8001")
+        if re.search(r"failed to connect|refused|DNS|resol|no route|unreachable|timed out", details, re.IGNORECASE):
+            return ServerUnavailable(f"no Triton server at {url}; start one with `fastar serve`")
     if code == "UNIMPLEMENTED":
         return ServerUnavailable(f"{url}: speaks gRPC, but is no Triton server; give Triton's gRPC port, usually 8001")
     if code == "DEADLINE_EXCEEDED":
         return TimedOut(f"{url}: no answer in time; is the server overloaded or hung?")
-    if code in ("UNAVAILABLE", "CANCELLED", "INTERNAL", "UNKNOWN", "ABORTED"):
-        return StreamLost(
-            f"connection to {url} lost ({code}: {details}); frames received so far are complete, open a new stream"
-        )
+    if lost:
+        what = f"connection to {url} lost ({code}: {details})"
+        return StreamLost(f"{what}; the frames received so far are complete, open a new stream")
     return BY_CODE.get(code, ServerError)(f"{url}: {details}")

@@ -128,7 +128,7 @@ class StreamOptions:
 
     def as_json(self) -> str:
         """The OPTIONS input; what is None is left to the server."""
-        values: dict[str, Any] = {"seed": self.seed, "start": self.start}
+        values: dict[str, Any] = {"seed": None if self.seed is None else int(self.seed), "start": self.start}
         if self.attention is not None:
             values["attention"] = dict(self.attention)
         if self.measure_recall:
@@ -153,7 +153,9 @@ def check_prompt(prompt: str) -> str:
 
 def check_action(action: str) -> str:
     """`action` itself; raises InvalidArgument. Which buttons exist is for the server to say."""
-    allowed = f'"+"-joined buttons such as "forward+turn_left", or "" for none, at most {MAX_ACTION_BYTES} bytes of UTF-8'
+    allowed = (
+        f'"+"-joined buttons such as "forward+turn_left", or "" for none, at most {MAX_ACTION_BYTES} bytes of UTF-8'
+    )
     if not isinstance(action, str) or utf8_bytes("actions", action) > MAX_ACTION_BYTES:
         raise invalid("actions", action, allowed)
     return action
@@ -170,14 +172,16 @@ def parse_reply(reply: Reply) -> tuple[np.ndarray, ChunkStats]:
     """Frames (uint8 [n, height, width, 3]) and stats of a reply; raises ServerError where it breaks the contract."""
     frames, stats = reply.frames, parse_stats(reply.stats.tobytes())
     if frames.dtype != np.uint8 or frames.ndim != 5 or frames.shape[0] != 1 or frames.shape[-1] != 3:
-        raise ServerError(f"{FRAMES}: got {frames.dtype} {list(frames.shape)}; expected uint8 [1, frames, height, width, 3]")
+        raise ServerError(
+            f"{FRAMES}: got {frames.dtype} {list(frames.shape)}; expected uint8 [1, frames, height, width, 3]"
+        )
     if frames.shape[1] != stats.frames:
         raise ServerError(f"{FRAMES}: {frames.shape[1]} frames arrived; the stats of the chunk say {stats.frames}")
     return frames[0], stats
 
 
 def parse_stats(text: bytes) -> ChunkStats:
-    """`ChunkStats` of the STATS output. Fields unknown to this version are ignored; raises ServerError for missing ones."""
+    """`ChunkStats` of the STATS output. Unknown fields are ignored; raises ServerError for missing ones."""
     try:
         values = json.loads(text)
         world = values.get("world")

@@ -1,12 +1,13 @@
 """The causal video diffusion transformer: Wan2.1's architecture at any size, with actions.
 
-The transformer does not know what its queries may attend to: both attentions are callables given to `forward`
-(`fastar_backend.attention` serves streams; `training` brings a whole-sequence block-causal mask), so one implementation
-serves every attention policy and the training.
+The transformer does not know what its queries may attend to: both attentions are callables given to `forward`, one per
+layer (`fastar_backend.attention` serves streams; `training` brings a whole-sequence block-causal mask), so one
+implementation serves every attention policy and the training.
 """
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Protocol
 
 import torch
@@ -18,12 +19,12 @@ from fastar_backend.model.layers import RMSNorm, rotate_space, sinusoidal_embedd
 
 
 class SelfAttend(Protocol):
-    def __call__(self, layer: int, query: Tensor, key: Tensor, value: Tensor) -> Tensor:
+    def __call__(self, query: Tensor, key: Tensor, value: Tensor) -> Tensor:
         """[batch, tokens, heads, head_dim] each; query and key carry spatial rotary positions, no temporal ones."""
 
 
 class CrossAttend(Protocol):
-    def __call__(self, layer: int, query: Tensor) -> Tensor:
+    def __call__(self, query: Tensor) -> Tensor:
         """query: [batch, tokens, heads, head_dim]; the caller holds the prompt's keys and values."""
 
 
@@ -61,7 +62,7 @@ class Block(nn.Module):
         )
         self.modulation = nn.Parameter(torch.randn(1, 6, config.dim) / config.dim**0.5)
 
-    def forward(self, x: Tensor, e: Tensor, layer: int, space: tuple[Tensor, Tensor], attend: SelfAttend,
+    def forward(self, x: Tensor, e: Tensor, space: tuple[Tensor, Tensor], attend: SelfAttend,
                 cross: CrossAttend) -> Tensor:  # fmt: skip
         """x: [B, F, tokens, C]; e: [B, F, 6, C] timestep (and action) modulation per latent frame."""
         shift1, scale1, gate1, shift2, scale2, gate2 = (
@@ -71,10 +72,10 @@ class Block(nn.Module):
         query = rotate_space(self.self_attn.query(h), *space, self.time_dim)
         key, value = self.self_attn.key_value(h)
         key = rotate_space(key, *space, self.time_dim)
-        attended = attend(layer, query.flatten(1, 2), key.flatten(1, 2), value.flatten(1, 2))
+        attended = attend(query.flatten(1, 2), key.flatten(1, 2), value.flatten(1, 2))
         x = x + self.self_attn.output(attended).view_as(x) * gate1
         query = self.cross_attn.query(self.norm3(x)).flatten(1, 2)
-        x = x + self.cross_attn.output(cross(layer, query)).view_as(x)
+        x = x + self.cross_attn.output(cross(query)).view_as(x)
         h = F.layer_norm(x, x.shape[-1:], eps=self.eps) * (1 + scale2) + shift2
         return x + self.ffn(h) * gate2
 
@@ -121,8 +122,8 @@ class CausalDiT(nn.Module):
         embedded = self.text_embedding(text)
         return [block.cross_attn.key_value(embedded) for block in self.blocks]
 
-    def forward(self, latents: Tensor, sigma: Tensor, actions: Tensor | None, attend: SelfAttend,
-                cross: CrossAttend) -> Tensor:  # fmt: skip
+    def forward(self, latents: Tensor, sigma: Tensor, actions: Tensor | None,
+                attend: Sequence[SelfAttend], cross: Sequence[CrossAttend]) -> Tensor:  # fmt: skip
         """latents: [B, F, channels, height, width] at noise level sigma [B, F] in 0..1; actions: [B, F, action_dim].
         Returns flow or clean latents (`config.prediction`) of the same shape."""
         config, (batch, frames) = self.config, latents.shape[:2]
@@ -132,8 +133,8 @@ class CausalDiT(nn.Module):
             e = e + self.action_embedding(actions.to(x.dtype))
         e6 = self.time_projection(e).unflatten(-1, (6, -1))
         space = self.space_cos.to(x.dtype), self.space_sin.to(x.dtype)
-        for layer, block in enumerate(self.blocks):
-            x = block(x, e6, layer, space, attend, cross)
+        for block, attend_self, attend_text in zip(self.blocks, attend, cross, strict=True):
+            x = block(x, e6, space, attend_self, attend_text)
         x = self.head(x, e)
         rows, columns = config.grid
         return x.reshape(batch, frames, rows, columns, config.patch[1], config.patch[2], -1).permute(

@@ -1,9 +1,9 @@
 """The process between the supervisor and tritonserver: whatever dies, nothing is left behind.
 
-Run as `python guard.py FOLDER SHARED_MEMORY_PREFIX COMMAND...`. It is tritonserver's parent. Standard input comes from the
-supervisor: a byte `T` asks the server to drain; end of file, which even a killed supervisor causes, kills it. When the
-server is gone, however that came about, its orphaned stubs are killed, FOLDER and the shared memory are removed, and the
-guard exits with the server's exit status.
+Run as `python guard.py FOLDER SHARED_MEMORY_PREFIX COMMAND...`. It is tritonserver's parent. Standard input comes from
+the supervisor: a byte `T` asks the server to drain; end of file, which even a killed supervisor causes, kills it. When
+the server is gone, however that came about, its orphaned model processes are killed, FOLDER and the shared memory are
+removed, and the guard exits with the server's exit status.
 """
 
 from __future__ import annotations
@@ -33,6 +33,12 @@ def obey(child: subprocess.Popen[bytes]) -> None:
     child.kill()
 
 
+def clean(folder: str | Path, shared_memory: str) -> None:
+    shutil.rmtree(folder, ignore_errors=True)
+    for file in Path("/dev/shm").glob(f"{shared_memory}*"):
+        file.unlink(missing_ok=True)
+
+
 def main(folder: str, shared_memory: str, *command: str) -> int:
     prctl(PR_SET_CHILD_SUBREAPER, 1)  # orphaned stubs become ours
     # Should the guard itself be killed, the server goes with it.
@@ -47,9 +53,7 @@ def main(folder: str, shared_memory: str, *command: str) -> int:
         with contextlib.suppress(psutil.NoSuchProcess):
             process.kill()
     psutil.wait_procs(left, timeout=10)
-    shutil.rmtree(folder, ignore_errors=True)
-    for file in Path("/dev/shm").glob(f"{shared_memory}*"):
-        file.unlink(missing_ok=True)
+    clean(folder, shared_memory)
     return status if status >= 0 else 128 - status
 
 

@@ -28,7 +28,7 @@ class ServerLog:
     def _judge(self, line: str) -> tuple[int, str]:
         match = TRITON.match(line)
         if not match:  # Triton's tables and the model process's own standard output
-            noise = line.startswith(("+-", "| ", "|  ")) or NO_GPU.search(line)
+            noise = line.startswith(("+-", "| ", "Signal (15)", "error: creating server")) or NO_GPU.search(line)
             return (logging.DEBUG if noise else logging.INFO), line
         level, file, text = LEVELS[match["level"]], match["file"], match["text"]
         try:

@@ -67,7 +67,6 @@ def _command(
         "model-repository": folder / "models",
         "backend-directory": folder / "backends",
         "backend-config": f"python,shm-region-prefix-name={shared_memory}",
-        "disable-auto-complete-config": "true",
         "exit-timeout-secs": math.ceil(settings.exit_timeout),
         # A client that vanished without a word is found within 30 s, and its calls are cancelled.
         "grpc-keepalive-time": 20_000,
@@ -78,7 +77,8 @@ def _command(
     }
     for kind, port in ports.items():
         flags |= {f"{kind}-address": settings.host, f"{kind}-port": port}
-    return [str(installation.server), *(f"--{name}={value}" for name, value in flags.items())]
+    values = [f"--{name}={value}" for name, value in flags.items()]
+    return [str(installation.server), "--disable-auto-complete-config", *values]
 
 
 def _environment(settings: ServeSettings, installation: Installation) -> dict[str, str]:

@@ -11,7 +11,6 @@ import subprocess
 import sys
 import threading
 import time
-from pathlib import Path
 from types import TracebackType
 
 import psutil
@@ -146,10 +145,10 @@ class Attempt:
 
     def __init__(self, launch: runtime.Launch, url: str, settings: ServeSettings) -> None:
         self.settings = settings
+        self.launch = launch
         self.url = url
         self.log = ServerLog(logger)
         self.probe: Probe | None = None
-        self.lock = threading.Lock()  # of `probe`
         # Its own session: Ctrl-C at the terminal reaches only us, and the whole group can be killed.
         self.guard = subprocess.Popen(
             [sys.executable, guard.__file__, str(launch.folder), launch.shared_memory, *launch.command],
@@ -226,9 +225,11 @@ class Attempt:
             self.guard.stdin.close()
         with contextlib.suppress(subprocess.TimeoutExpired):
             self.guard.wait(15)
-        with contextlib.suppress(ProcessLookupError):
-            os.killpg(self.guard.pid, signal.SIGKILL)
+        if self.guard.poll() is None or self.guard.returncode < 0:
+            with contextlib.suppress(ProcessLookupError):
+                os.killpg(self.guard.pid, signal.SIGKILL)
         self.guard.wait()
+        guard.clean(self.launch.folder, self.launch.shared_memory)
         self.reader.join(5)
         if self.probe:
             self.probe.client.close()

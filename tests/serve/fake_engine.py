@@ -54,7 +54,7 @@ class StreamEngine:
             raise InvalidInput("prompt", "is empty", "text")
         if len(self.streams) >= self.max_streams:
             raise AtCapacity(f"streams: {self.max_streams} are open; allowed: {self.max_streams}")
-        self.streams[stream_id] = [options.seed, 0, time.monotonic(), np.ones(64 << 20, np.uint8)]
+        self.streams[stream_id] = [options.seed, 0, time.monotonic(), np.ones(64 << 20, np.uint8), prompt]
 
     def step(self, requests):
         return [self._one(request, len(requests)) for request in requests]
@@ -64,7 +64,7 @@ class StreamEngine:
         if state is None:
             return UnknownStream("stream: never opened, ended or idle; allowed: an open stream")
         if "crash" in request.actions:
-            raise ZeroDivisionError("a bug with a secret in it")
+            raise ZeroDivisionError(f"cannot divide {state[4]}")
         if "stall" in request.actions:
             time.sleep(3)
         seed, chunk = state[:2]

@@ -1,4 +1,4 @@
-"""The Triton edge: requests -> `ChunkRequest`s -> one engine step -> responses. No maths; protocol: docs/structure.md."""
+"""The Triton edge: requests -> `ChunkRequest`s -> one engine step -> responses. Protocol: docs/structure.md."""
 
 from __future__ import annotations
 
@@ -21,6 +21,11 @@ from fastar_backend.errors import FastarError, InvalidInput
 
 LIMITS = {"ACTIONS": (64, 256), "PROMPT": (1, 4096), "OPTIONS": (1, 8192)}  # elements, bytes of each
 IDLE_MARGIN = 5.0  # seconds that a stream outlives Triton's idle limit, so that Triton is the first to forget it
+STATUS = {  # names in pb_utils.TritonError, which knows no RESOURCE_EXHAUSTED; the rest is INTERNAL
+    "INVALID_ARGUMENT": "INVALID_ARG",
+    "NOT_FOUND": "NOT_FOUND",
+    "RESOURCE_EXHAUSTED": "UNAVAILABLE",
+}
 NOTHING = ChunkStats(-1, 0, 0, 0.0, 0, 0.0, None, 0.0, 0.0, 0.0, 0, False)  # of a request that generates no chunk
 
 
@@ -52,10 +57,12 @@ class TritonPythonModel:
             seconds = self.engine.warm_up()
         except Exception as error:
             reason = as_fastar_error(error)
-            pb_utils.Logger.log_error(f"fastar: cannot load: {reason.code}: {reason}")
-            raise pb_utils.TritonModelException(f"{reason.code}: {reason}") from None
+            pb_utils.Logger.log_error(f"fastar: cannot load: {reason}")
+            raise pb_utils.TritonModelException(str(reason)) from None
         self.world = self.engine.world_info()
         self.idle_seconds = config["sequence_batching"]["max_sequence_idle_microseconds"] / 1e6 + IDLE_MARGIN
+        self.process = psutil.Process()
+        self.server = os.getppid()
         self.active = Gauge("fastar_streams_active", "Streams that hold state in this process", 0)
         self.capacity = Gauge("fastar_streams_capacity", "Streams that this process admits", streams)
         self.lock = threading.Lock()  # the engine is stepped by Triton's thread and swept by ours
@@ -88,6 +95,8 @@ class TritonPythonModel:
         starts = bool(flags & pb_utils.TRITONSERVER_REQUEST_FLAG_SEQUENCE_START)
         call = Call(request.correlation_id(), starts, bool(flags & pb_utils.TRITONSERVER_REQUEST_FLAG_SEQUENCE_END))
         try:
+            if not isinstance(call.stream_id, int):
+                raise InvalidInput("sequence_id", "is text", "an integer, 1..2^63-1")
             actions, prompts, options = (texts(request, name) for name in LIMITS)
             if starts:
                 self.engine.close(call.stream_id)
@@ -103,9 +112,10 @@ class TritonPythonModel:
 
     def _response(self, call: Call, result: Chunk | FastarError | None) -> Any:
         if isinstance(result, FastarError):
-            return pb_utils.InferenceResponse(error=pb_utils.TritonError(f"{result.code}: {result}"))
+            status = getattr(pb_utils.TritonError, STATUS.get(result.code, "INTERNAL"))
+            return pb_utils.InferenceResponse(error=pb_utils.TritonError(f"{result.code}: {result}", status))
         stats = (result.stats if result else NOTHING).as_json()
-        stats["process_bytes"] = psutil.Process().memory_info().rss
+        stats["process_bytes"] = self.process.memory_info().rss
         if call.starts:
             stats["world"] = self.world
         frames = torch.zeros((0, self.world["height"], self.world["width"], 3), dtype=torch.uint8)
@@ -118,7 +128,9 @@ class TritonPythonModel:
 
     def _sweep(self) -> None:
         """Frees streams whose client vanished: of a cancelled or idle sequence Triton tells the model nothing."""
-        while not self.stopping.wait(min(1.0, self.idle_seconds / 4)):
+        while not self.stopping.wait(1.0):
+            if os.getppid() != self.server:  # tritonserver was killed: it takes its model process with it
+                os._exit(1)
             with self.lock:
                 self._freed(self.engine.sweep(self.idle_seconds))
 
@@ -155,10 +167,13 @@ def json_object(text: str, field: str) -> dict[str, Any]:
 
 
 def as_fastar_error(error: Exception) -> FastarError:
-    """`error` itself if we raised it on purpose; else one line without details, the traceback in the server's log."""
+    """`error` itself if we raised it on purpose; else one line without details: they are in the server's log."""
     if isinstance(error, FastarError):
         return error
-    pb_utils.Logger.log_error("".join(traceback.format_exception(error)))
+    # Torch and CUDA speak in RuntimeErrors; the message of any other might quote a prompt, which no log may hold.
+    what = f": {error}" if isinstance(error, RuntimeError | OSError | ImportError) else ""
+    frames = "".join(traceback.format_tb(error.__traceback__))
+    pb_utils.Logger.log_error(f"{type(error).__name__}{what}\n{frames}")
     return FastarError(f"server: {type(error).__name__}, see the server's log; allowed: a new stream")
 
 

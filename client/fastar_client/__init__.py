@@ -1,0 +1,39 @@
+"""Client of FAST-AR Serve: live generated video from NVIDIA Triton, steered while it plays."""
+
+from fastar_client.blocking import BlockingConnection, BlockingStream, connect_blocking
+from fastar_client.errors import (
+    FastarError,
+    InvalidArgument,
+    NotFound,
+    OutputError,
+    ResourceExhausted,
+    ServerError,
+    ServerUnavailable,
+    StreamLost,
+    TimedOut,
+)
+from fastar_client.protocol import Chunk, ChunkStats, StreamOptions, World
+from fastar_client.session import Connection, Stream, connect
+
+__all__ = [
+    "BlockingConnection",
+    "BlockingStream",
+    "Chunk",
+    "ChunkStats",
+    "Connection",
+    "FastarError",
+    "InvalidArgument",
+    "NotFound",
+    "OutputError",
+    "ResourceExhausted",
+    "ServerError",
+    "ServerUnavailable",
+    "Stream",
+    "StreamLost",
+    "StreamOptions",
+    "TimedOut",
+    "World",
+    "connect",
+    "connect_blocking",
+]
+__version__ = "0.1.0"
