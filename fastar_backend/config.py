@@ -83,6 +83,7 @@ class SamplerConfig(Config):
     shift: float = Field(5.0, gt=0)
     context_noise: float = Field(0.0, ge=0, lt=1)  # sigma of the pass that writes the cache (0: the clean t=0 pass)
     latent_frames_per_chunk: int = Field(3, gt=0)
+    unit_latents: bool = False  # the autoencoder's latents have unit rms per token: project predictions onto that
 
     @property
     def sigmas(self) -> tuple[float, ...]:

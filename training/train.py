@@ -33,7 +33,7 @@ MODEL = ModelConfig(
     latent_height=8, latent_width=12, patch=(1, 1, 1), action_dim=7, rope_theta=100.0, rope_max_distance=6,
     prediction="x0",
 )  # fmt: skip
-SAMPLER = SamplerConfig(steps=(1000.0, 500.0), shift=3.0, context_noise=0.1, latent_frames_per_chunk=2)
+SAMPLER = SamplerConfig(steps=(1000.0, 500.0), shift=3.0, context_noise=0.1, latent_frames_per_chunk=2, unit_latents=True)
 PROMPTS_EACH = 48  # phrasings drawn per scenario for one stage
 
 

@@ -96,6 +96,11 @@ TRITON: list[tuple[str, type[FastarError], str]] = [
         "stream: no free slot on the server in time; try again later, or raise max_streams on the server",
     ),
     (
+        r"stub process .* (not healthy|failed)",
+        StreamLost,
+        "stream: the server's model process died; open a new stream",
+    ),
+    (
         r"server is stopping|stopped accepting|is shutting down|is being unloaded",
         ServerUnavailable,
         "server: shutting down, takes no new streams; try again later",
@@ -112,6 +117,7 @@ def from_server(message: str) -> FastarError:
     """The exception for a reply's error message: the model's `CODE: field: what`, or Triton's own words."""
     if coded := CODED.search(message):
         return BY_CODE[coded[1]](coded[2])
+    message = re.sub(r"^\[request id: [^]]*\] |[.]? NOTE: .*|[.]$", "", message, flags=re.DOTALL)
     for pattern, kind, meaning in TRITON:
         if re.search(pattern, message, re.IGNORECASE | re.DOTALL):
             return kind(f"{meaning} (Triton: {message})")

@@ -71,13 +71,12 @@ class GrpcTransport:
         self._client: InferenceServerClient | None = None
 
     async def connect(self, timeout: float) -> None:
-        # Pings find a vanished peer. Triton drops clients that ping it too often without data, hence the limit of two.
-        # Message sizes need no option: this client's defaults are gRPC's maximum.
+        # Pings keep an idle stream's connection open through load balancers. gRPC servers, Triton's among them, drop a
+        # client that pings more often than every 300 s on an idle stream; a vanished server is found by our own
+        # response time-out. Message sizes need no option: tritonclient's defaults are gRPC's maximum.
         self._client = InferenceServerClient(
             self.url,
-            keepalive_options=KeepAliveOptions(
-                keepalive_time_ms=30_000, keepalive_timeout_ms=10_000, http2_max_pings_without_data=2
-            ),
+            keepalive_options=KeepAliveOptions(keepalive_time_ms=305_000, keepalive_timeout_ms=20_000),
         )
         try:
             await self._ask(self._client.is_server_live, timeout)
@@ -217,7 +216,8 @@ class MockTransport:
 class MockCall:
     def __init__(self, serve: Script) -> None:
         self._inbox: asyncio.Queue[ChunkRequest | None] = asyncio.Queue()
-        self._outbox: asyncio.Queue[Reply | FastarError | Exception | None] = asyncio.Queue()
+        self._outbox: asyncio.Queue[Reply | FastarError | None] = asyncio.Queue()
+        self._lost: StreamLost | None = None
         self._server = asyncio.ensure_future(self._run(serve))
 
     def send(self, request: ChunkRequest) -> None:
@@ -228,8 +228,8 @@ class MockCall:
 
     async def receive(self) -> Reply | FastarError | None:
         item = await self._outbox.get()
-        if isinstance(item, StreamLost):
-            raise item
+        if item is None and self._lost is not None:
+            raise self._lost
         return item
 
     def cancel(self) -> None:
@@ -240,9 +240,9 @@ class MockCall:
             async with contextlib.aclosing(serve(self._requests())) as replies:
                 async for reply in replies:
                     self._outbox.put_nowait(reply)
-            self._outbox.put_nowait(None)
         except Exception as error:
-            self._outbox.put_nowait(StreamLost(f"connection to the scripted server lost ({error!r})"))
+            self._lost = StreamLost(f"connection to the scripted server lost ({error!r})")
+        self._outbox.put_nowait(None)
 
     async def _requests(self) -> AsyncIterator[ChunkRequest]:
         while (request := await self._inbox.get()) is not None:

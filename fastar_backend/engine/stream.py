@@ -1,11 +1,20 @@
-"""The stream engine's public data: what a caller asks of one chunk, and what it gets."""
+"""One stream: what a caller asks of a chunk, what it gets, and all the state in between."""
 
 from __future__ import annotations
 
 import dataclasses
+import time
 from typing import Any
 
 import numpy as np
+import torch
+from pydantic import Field
+from torch import Tensor
+
+from fastar_backend.attention import CacheShape, TextCache, make_cache
+from fastar_backend.attention.recall import RecallProbe
+from fastar_backend.config import AttentionConfig, Config
+from fastar_backend.model.world import World
 
 
 @dataclasses.dataclass(frozen=True)
@@ -45,3 +54,52 @@ class Chunk:
     stream_id: int
     frames: np.ndarray
     stats: ChunkStats
+
+
+class StreamOptions(Config):
+    """What a client may choose when it opens a stream (the OPTIONS tensor)."""
+
+    seed: int = Field(0, ge=0, lt=2**63)
+    start: str = Field("auto", max_length=64)
+    attention: AttentionConfig | None = None  # None: the server's
+    measure_recall: bool = False  # keeps all keys beside the stream's cache: memory grows; for benchmarks
+
+
+class Stream:
+    """All state of one stream; nothing about it lives elsewhere. Dropping the object frees it."""
+
+    def __init__(self, world: World, shape: CacheShape, prompt: str, options: StreamOptions,
+                 attention: AttentionConfig) -> None:  # fmt: skip
+        self.world, self.attention = world, attention
+        self.noise = torch.Generator().manual_seed(options.seed)  # on the CPU: the same video on every device
+        layers = range(world.config.model.layers)
+        self.caches = [make_cache(shape, attention) for _ in layers]
+        self.probes = [RecallProbe(shape, cache) if options.measure_recall else None for cache in self.caches]
+        self.text: list[TextCache] = []
+        self.set_prompt(prompt)
+        self.latent_frame = 0  # of the next chunk; counts the start's frames too
+        self.chunk = 0
+        self.frame = 0  # video frames sent
+        self.pending_start = world.starts.get(world.find_start(options.start, prompt) or "")
+        self.stepped = time.monotonic()
+
+    def set_prompt(self, prompt: str) -> None:
+        """Computes the cross-attention keys and values of the new prompt, once."""
+        dit = self.world.dit
+        text = self.world.text([prompt])
+        pairs = dit.prompt_keys_values(text.to(dit.head.head.weight.dtype))
+        self.text = [TextCache(key[0], value[0], text[0], self.attention) for key, value in pairs]
+
+    def draw(self, like: tuple[int, ...]) -> Tensor:
+        """Standard normal noise from the stream's own generator, on the CPU."""
+        return torch.randn(like, generator=self.noise)
+
+    def begin_chunk(self) -> None:
+        for cache, probe in zip(self.caches, self.probes, strict=True):
+            cache.begin(self.latent_frame)
+            if probe is not None:
+                probe.begin(self.latent_frame)
+
+    @property
+    def cache_bytes(self) -> int:
+        return sum(cache.nbytes for cache in self.caches)

@@ -22,6 +22,7 @@ class Installation:
     backend: Path  # the folder of the Python backend
     stub: Path  # built for this interpreter's minor version
     library: Path | None  # folder of the libpython that the stub is linked to; None: it brings its own
+    numpy1: bool  # the stub was built for numpy 1
 
 
 def find() -> Installation:
@@ -33,7 +34,7 @@ def find() -> Installation:
         stub = own if own.exists() else root / "python_backend_stubs" / _python() / STUB
         if not stub.exists():
             raise ServerError(f"{server} has no Python backend for Python {_python()} (looked for {stub})")
-        return Installation(server, backend, stub, _libpython(stub))
+        return Installation(server, backend, stub, _libpython(stub), numpy1=stub != own)
     raise ServerError(
         "tritonserver not found: pip install 'fastar-serve[server]' (x86-64 Linux), "
         "or use NVIDIA's Triton container, or name the binary in FASTAR_TRITONSERVER"

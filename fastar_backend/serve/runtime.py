@@ -10,12 +10,15 @@ import sys
 import tempfile
 from pathlib import Path
 
+import numpy as np
 from google.protobuf import text_format
 from tritonclient.grpc import model_config_pb2
 
+from fastar_backend.serve import numpy2
 from fastar_backend.serve.install import STUB, Installation
 from fastar_backend.serve.settings import ServeSettings
 
+SUPPORT = "triton_python_backend_utils.py"  # of Triton's Python backend, imported by the stub
 PARAMETERS = ("world", "device", "attention", "max_streams")
 
 
@@ -33,7 +36,10 @@ def prepare(settings: ServeSettings, ports: dict[str, int], installation: Instal
     backend = folder / "backends" / "python"
     backend.mkdir(parents=True)
     for file in installation.backend.iterdir():
-        if file.name != STUB:
+        if installation.numpy1 and file.name == SUPPORT and not np.__version__.startswith("1."):
+            source = f"{file.read_text()}\n\n{Path(numpy2.__file__).read_text()}\n\nrepair()\n"
+            (backend / file.name).write_text(source)
+        elif file.name != STUB:
             (backend / file.name).symlink_to(file)
     # A link, not a copy: the stub finds its libraries relative to where it really lies.
     (backend / STUB).symlink_to(installation.stub)

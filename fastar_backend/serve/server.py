@@ -156,7 +156,6 @@ class Attempt:
             stdout=subprocess.PIPE,
             stderr=subprocess.STDOUT,
             env=launch.environment,
-            cwd=launch.folder,
             start_new_session=True,
         )
         self.reader = threading.Thread(target=self._read, name="fastar-log", daemon=True)

@@ -45,6 +45,4 @@ class ServeSettings(Config):
     def _attention(cls, value: Any) -> Any:
         if not isinstance(value, str):
             return value
-        if not value.lstrip().startswith("{"):
-            return {"kind": value}
-        return json.loads(value)
+        return json.loads(value) if value.startswith("{") else {"kind": value}

@@ -6,7 +6,8 @@ import asyncio
 import contextlib
 import dataclasses
 import json
-import sys
+import os
+import signal
 import threading
 from collections.abc import AsyncIterator, Iterator
 
@@ -28,7 +29,8 @@ class Died(Exception):
 @dataclasses.dataclass
 class ScriptedServer:
     """Every pixel of frame f of a stream is f mod 256. `faults` maps a chunk number to what happens in its place:
-    a string is an error message, a Reply a (wrong) reply, an exception breaks the connection, `hang` waits for ever."""
+    a string is an error message, a Reply a (wrong) reply, an exception breaks the connection, a function is called;
+    `hang` waits for ever, `finish` ends the call."""
 
     chunk_frames: int = 4
     latent_frames: int = 2
@@ -85,6 +87,8 @@ class ScriptedServer:
                     return
                 if isinstance(fault, Exception):
                     raise fault
+                if callable(fault):
+                    fault()
                 unanswered -= 1
                 yield fault or self.reply(chunk, self.chunk_frames, world=chunk == 0, prompt=bool(request.prompt))
                 chunk += 1
@@ -248,11 +252,12 @@ async def until(condition, seconds: float = 3.0) -> None:
             await asyncio.sleep(0.005)
 
 
-async def serve_for_ever() -> None:
-    async with grpc_server(ScriptedServer(step_seconds=0.05)) as url:
+async def serve_until_chunk_8() -> None:
+    crash = {8: lambda: os.kill(os.getpid(), signal.SIGKILL)}
+    async with grpc_server(ScriptedServer(step_seconds=0.02, faults=crash)) as url:
         print(url, flush=True)
         await asyncio.Event().wait()
 
 
-if __name__ == "__main__":  # a process of its own, to be killed
-    sys.exit(asyncio.run(serve_for_ever()))
+if __name__ == "__main__":  # a process of its own, that dies
+    asyncio.run(serve_until_chunk_8())

@@ -4,6 +4,7 @@ import shutil
 from pathlib import Path
 
 import pytest
+import tiny_world as tiny_world_module
 
 from fastar_backend.serve import Server, ServeSettings
 
@@ -14,9 +15,16 @@ STREAMS = 3
 
 
 @pytest.fixture(scope="session")
-def server():
+def tiny_world(tmp_path_factory) -> Path:
+    return tiny_world_module.write(tmp_path_factory.mktemp("world") / "tiny")
+
+
+@pytest.fixture(scope="session")
+def server(tiny_world):
     """The real engine."""
-    settings = ServeSettings(**FREE_PORTS, device="cpu", max_streams=STREAMS, attention=SMALL, idle_seconds=30)
+    settings = ServeSettings(
+        **FREE_PORTS, world=str(tiny_world), device="cpu", max_streams=STREAMS, attention=SMALL, idle_seconds=30
+    )
     with Server(settings) as server:
         yield server
 

@@ -11,18 +11,10 @@ import types
 
 import numpy as np
 
-from fastar_backend.config import AttentionConfig, Config
 from fastar_backend.engine.stream import Chunk, ChunkStats
 from fastar_backend.errors import AtCapacity, InvalidInput, UnknownStream, WeightsError
 
 HEIGHT, WIDTH, FRAMES = 64, 96, 4
-
-
-class StreamOptions(Config):
-    seed: int = 0
-    start: str = "auto"
-    attention: AttentionConfig | None = None
-    measure_recall: bool = False
 
 
 class StreamEngine:
@@ -51,7 +43,7 @@ class StreamEngine:
 
     def open(self, stream_id, prompt, options) -> None:
         if not prompt:
-            raise InvalidInput("prompt", "is empty", "text")
+            raise InvalidInput("PROMPT", "is empty", "text")
         if len(self.streams) >= self.max_streams:
             raise AtCapacity(f"streams: {self.max_streams} are open; allowed: {self.max_streams}")
         self.streams[stream_id] = [options.seed, 0, time.monotonic(), np.ones(64 << 20, np.uint8), prompt]
@@ -90,5 +82,5 @@ class StreamEngine:
 
 def install() -> None:
     module = types.ModuleType("fastar_backend.engine.engine")
-    module.StreamEngine, module.StreamOptions = StreamEngine, StreamOptions
+    module.StreamEngine = StreamEngine
     sys.modules[module.__name__] = module

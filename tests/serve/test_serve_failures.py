@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import shutil
 import signal
 import socket
 import subprocess
@@ -11,7 +12,8 @@ import time
 from pathlib import Path
 
 import pytest
-from serve_raw import MODEL_PROCESS, Refused, Stream, descendants, gone, metric, until
+import tritonclient.grpc as triton
+from serve_raw import MODEL_PROCESS, Refused, Stream, descendants, gone, metric, tensor, until
 
 from fastar_backend.serve import Server, ServerError
 
@@ -41,6 +43,37 @@ def test_an_engine_bug_is_told_in_one_line_and_harms_nobody_else(fake_server, ca
     assert until(lambda: "ZeroDivisionError" in caplog.text, 5), "not in the log"
     assert "model.py" in caplog.text
     assert PROMPT not in caplog.text
+
+
+def raw(name: str, shape: list[int], content: bytes) -> triton.InferInput:
+    """BYTES as they travel, each element with its length before it."""
+    result = tensor(name, [""])
+    result.set_shape(shape)
+    result._raw_content = content
+    return result
+
+
+def test_malformed_bytes_harm_nobody(fake_server):
+    (model,) = fake_server.model_processes
+    two = b"\x01\0\0\0a" * 2
+    for shape, content in (
+        ([1, 1], b"\xff\xff\xff\x7fabc"),
+        ([1, 1], b"abc"),
+        ([1, 1], two),
+        ([1, 3], two),
+        ([1, 1], b""),
+    ):
+        for name in ("ACTIONS", "PROMPT"):
+            inputs = {key: tensor(key, [""]) for key in ("ACTIONS", "PROMPT", "OPTIONS")} | {
+                name: raw(name, shape, content)
+            }
+            with Stream(fake_server.grpc_url) as stream:
+                stream.send(inputs=list(inputs.values()), start=True)
+                with pytest.raises(Refused):
+                    stream.reply(timeout=10)
+    with Stream(fake_server.grpc_url) as stream:
+        stream.chunk(prompt=PROMPT, start=True, end=True)
+    assert fake_server.model_processes == [model]
 
 
 def test_end_gives_the_memory_back(fake_server):
@@ -196,6 +229,18 @@ def test_sigterm_ends_it_in_time_though_a_stream_is_live(command):
     assert until(lambda: gone(command.children), 5)
 
 
+def test_a_live_stream_may_end_while_the_server_drains(fake_repository):
+    with Command(fake_repository, "--exit-timeout", "20") as command:
+        with Stream(command.url) as stream:
+            stream.chunk(prompt=PROMPT, start=True)
+            command.process.send_signal(signal.SIGTERM)
+            time.sleep(1)
+            assert stream.chunk()[1]["chunk"] == 1
+            assert stream.chunk(end=True)[1]["chunk"] == 2
+        status, _, err = command.end(timeout=15)
+    assert status == 0, err
+
+
 def test_a_second_ctrl_c_ends_it_at_once(fake_repository):
     with Command(fake_repository, "--exit-timeout", "60") as command, Stream(command.url) as stream:
         stream.chunk(prompt=PROMPT, start=True)
@@ -250,8 +295,20 @@ def failed_start(*options: str, repository: Path | None = None) -> str:
     return line
 
 
-def test_missing_weights(tmp_path):
-    assert str(tmp_path / "nowhere") in failed_start("--world", str(tmp_path / "nowhere"), "--device", "cpu")
+def test_missing_weights(tiny_world, tmp_path):
+    assert str(tmp_path / "nowhere") in failed_start("--world", str(tmp_path / "nowhere"))
+    world = Path(shutil.copytree(tiny_world, tmp_path / "world"))
+    (world / "weights.safetensors").unlink()
+    assert str(world / "weights.safetensors") in failed_start("--world", str(world))
+
+
+def test_corrupt_weights(tiny_world, tmp_path):
+    world = Path(shutil.copytree(tiny_world, tmp_path / "world"))
+    weights = world / "weights.safetensors"
+    whole = weights.read_bytes()
+    for content in (whole[: len(whole) // 2], b"\xff" * len(whole), b""):
+        weights.write_bytes(content)
+        assert str(weights) in failed_start("--world", str(world))
 
 
 def test_bad_settings_and_a_missing_repository(tmp_path):

@@ -85,23 +85,23 @@ def test_interleaved_streams_equal_their_solo_runs(server, expected):
 
 
 BAD = {
-    "empty prompt": ({"prompt": ""}, "prompt"),
-    "huge prompt": ({"prompt": "x" * 4097}, "prompt"),
-    "prompt not UTF-8": ({"prompt": b"\xff\xfe"}, "prompt"),
-    "unknown button": ({"actions": ["forward+fly"]}, "actions"),
-    "huge action": ({"actions": ["f" * 257]}, "actions"),
-    "wrong number of actions": ({"actions": [""] * 60}, "actions"),
-    "too many actions": ({"actions": [""] * 65}, "actions"),
-    "options not JSON": ({"options": "{nope"}, "options"),
-    "options deeply nested": ({"options": "[" * 4000}, "options"),
-    "options a list": ({"options": "[1]"}, "options"),
-    "huge options": ({"options": {"x": "y" * 8192}}, "options"),
-    "unknown option": ({"options": {"sed": 1}}, "options.sed"),
-    "negative seed": ({"options": {"seed": -1}}, "options.seed"),
-    "seed too large": ({"options": {"seed": 2**63}}, "options.seed"),
-    "unknown start": ({"options": {"start": "moon"}}, "options.start"),
-    "unknown attention": ({"options": {"attention": {"kind": "magic"}}}, "options.attention.kind"),
-    "huge budget": ({"options": {"attention": {"budget_frames": 10**9}}}, "options.attention.budget_frames"),
+    "empty prompt": ({"prompt": ""}, "PROMPT"),
+    "huge prompt": ({"prompt": "x" * 4097}, "PROMPT"),
+    "prompt not UTF-8": ({"prompt": b"\xff\xfe"}, "PROMPT"),
+    "unknown button": ({"actions": ["forward+fly"]}, "ACTIONS[0]"),
+    "huge action": ({"actions": ["f" * 257]}, "ACTIONS"),
+    "wrong number of actions": ({"actions": [""] * 60}, "ACTIONS"),
+    "too many actions": ({"actions": [""] * 65}, "ACTIONS"),
+    "options not JSON": ({"options": "{nope"}, "OPTIONS"),
+    "options deeply nested": ({"options": "[" * 4000}, "OPTIONS"),
+    "options a list": ({"options": "[1]"}, "OPTIONS"),
+    "huge options": ({"options": {"x": "y" * 8192}}, "OPTIONS"),
+    "unknown option": ({"options": {"sed": 1}}, "OPTIONS.sed"),
+    "negative seed": ({"options": {"seed": -1}}, "OPTIONS.seed"),
+    "seed too large": ({"options": {"seed": 2**63}}, "OPTIONS.seed"),
+    "unknown start": ({"options": {"start": "moon"}}, "OPTIONS.start"),
+    "unknown attention": ({"options": {"attention": {"kind": "magic"}}}, "OPTIONS.attention.kind"),
+    "huge budget": ({"options": {"attention": {"budget_frames": 10**9}}}, "OPTIONS.attention.budget_frames"),
 }
 
 
@@ -133,7 +133,7 @@ def test_a_bad_request_in_mid_stream_ends_that_stream(server):
     with Stream(server.grpc_url) as stream:
         stream.chunk(prompt=PROMPT, start=True)
         stream.send(["fly"])
-        with pytest.raises(Refused, match="INVALID_ARGUMENT: actions: "):
+        with pytest.raises(Refused, match=r"INVALID_ARGUMENT: ACTIONS\[0\]: "):
             stream.reply()
         stream.send(end=True)
         with pytest.raises(Refused, match="NOT_FOUND: "):

@@ -15,8 +15,8 @@ import torch
 import triton_python_backend_utils as pb_utils
 
 from fastar_backend.config import AttentionConfig, parse
-from fastar_backend.engine.engine import StreamEngine, StreamOptions
-from fastar_backend.engine.stream import Chunk, ChunkRequest, ChunkStats
+from fastar_backend.engine.engine import StreamEngine
+from fastar_backend.engine.stream import Chunk, ChunkRequest, ChunkStats, StreamOptions
 from fastar_backend.errors import FastarError, InvalidInput
 
 LIMITS = {"ACTIONS": (64, 256), "PROMPT": (1, 4096), "OPTIONS": (1, 8192)}  # elements, bytes of each
@@ -45,13 +45,13 @@ class TritonPythonModel:
         """Loads and warms the engine up, so that the model is not ready before; raises TritonModelException."""
         config = json.loads(args["model_config"])
         settings = {key: value["string_value"] for key, value in config["parameters"].items()}
-        settings |= {
-            key: os.environ[f"FASTAR_{key.upper()}"] for key in settings if f"FASTAR_{key.upper()}" in os.environ
-        }
+        settings = {key: os.environ.get(f"FASTAR_{key.upper()}", value) for key, value in settings.items()}
         if settings["device"] == "auto":
             settings["device"] = "cuda" if torch.cuda.is_available() else "cpu"
         try:
-            attention = parse(AttentionConfig, json_object(settings["attention"], "attention"), "attention")
+            text = settings["attention"]
+            values = json_object(text, "attention") if text.startswith("{") else {"kind": text}
+            attention = parse(AttentionConfig, values, "attention")
             streams = int(settings["max_streams"])
             self.engine = StreamEngine.load(settings["world"], settings["device"], attention, streams)
             seconds = self.engine.warm_up()
@@ -103,7 +103,7 @@ class TritonPythonModel:
             if actions == ("end",):
                 return call
             if starts:
-                values = parse(StreamOptions, json_object(options[0], "options"), "options")
+                values = parse(StreamOptions, json_object(options[0], "OPTIONS"), "OPTIONS")
                 self.engine.open(call.stream_id, prompts[0], values)
             prompt = None if starts else prompts[0] or None
             return dataclasses.replace(call, chunk=ChunkRequest(call.stream_id, actions, prompt))
@@ -144,15 +144,14 @@ def texts(request: Any, name: str) -> tuple[str, ...]:
     """One BYTES [1, n] input, decoded; raises InvalidInput where it is larger than LIMITS or not UTF-8."""
     count, size = LIMITS[name]
     values = pb_utils.get_input_tensor_by_name(request, name).as_numpy().reshape(-1).tolist()
-    field = name.lower()
     if not 1 <= len(values) <= count:
-        raise InvalidInput(field, f"{len(values)} elements", f"1..{count}")
+        raise InvalidInput(name, f"{len(values)} elements", f"1..{count}")
     if (largest := max(map(len, values))) > size:
-        raise InvalidInput(field, f"{largest} bytes", f"at most {size} bytes of UTF-8")
+        raise InvalidInput(name, f"{largest} bytes", f"at most {size} bytes of UTF-8")
     try:
         return tuple(value.decode() for value in values)
     except UnicodeDecodeError as error:
-        raise InvalidInput(field, f"byte {error.start} is not UTF-8", f"at most {size} bytes of UTF-8") from None
+        raise InvalidInput(name, f"byte {error.start} is not UTF-8", f"at most {size} bytes of UTF-8") from None
 
 
 def json_object(text: str, field: str) -> dict[str, Any]:

@@ -1,0 +1,43 @@
+# PYTHON: 3.11, 3.12 or 3.13, with venv (Debian, Ubuntu: python3-venv, and libpython3.X for the server).
+# A machine without a GPU can have the small CPU build of torch: set PIP_EXTRA_INDEX_URL to where it is published.
+PYTHON ?= python3
+VENV ?= .venv
+FRAMES ?=
+BIN := $(VENV)/bin
+INSTALLED := $(VENV)/.installed
+CODE := fastar_backend client model_repository tests benchmarks training
+PIP := $(BIN)/python -m pip --disable-pip-version-check install -q -c constraints.txt
+
+.PHONY: venv test test-all lint demo serve clean
+
+venv: $(INSTALLED)
+
+# nvidia-pytriton, of which only the server's binaries are used, asks for numpy < 2, which Python 3.13 does not have:
+# there it is installed without its dependencies, and numpy 2 is right (model.py hands its tensors over by DLPack).
+$(INSTALLED): pyproject.toml client/pyproject.toml constraints.txt
+	@$(PYTHON) -c 'import sys; v = sys.version_info; (3, 11) <= v < (3, 14) or sys.exit("Python 3.11, 3.12 or 3.13 is needed, not %d.%d: make PYTHON=..." % v[:2])'
+	test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
+	if $(BIN)/python -c 'import sys; sys.exit(sys.version_info < (3, 13))'; \
+	then $(PIP) -e '.[dev]' -e client && $(PIP) --no-deps nvidia-pytriton; \
+	else $(PIP) -e '.[server,dev]' -e client; fi
+	touch $@
+
+lint: $(INSTALLED)
+	$(BIN)/ruff check $(wildcard $(CODE))
+	$(BIN)/ruff format --check -q $(wildcard $(CODE))
+
+test: lint
+	$(BIN)/python -m pytest -m "not slow and not gpu"
+
+test-all: lint
+	$(BIN)/python -m pytest -m "not gpu"
+
+demo: $(INSTALLED)
+	$(BIN)/python benchmarks/demo.py $(if $(FRAMES),--frames $(FRAMES))
+
+serve: $(INSTALLED)
+	$(BIN)/fastar serve
+
+clean:
+	rm -rf out build dist .pytest_cache .ruff_cache .hypothesis $(INSTALLED)
+	find . -name __pycache__ -not -path './$(VENV)/*' -prune -exec rm -rf {} +

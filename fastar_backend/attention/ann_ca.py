@@ -1,0 +1,65 @@
+"""Cross-attention to the prompt: equal tokens folded once (exact), then AnnCA: only tokens that share a bucket with a query.
+
+Prompts are padded with equal, unmasked tokens, as in Wan. A group of m equal keys with equal values is one token with logit bias
+log m: nothing is lost, and most of the padding's cost is gone. AnnCA (paper, section on cross-attention) then keeps a token for this
+chunk iff at least one query of the head shares an LSH bucket with it; the padding's group always stays (an empty set
+would have no softmax).
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+from torch.nn import functional as F
+
+from fastar_backend.attention import ann
+from fastar_backend.attention.cache import attention
+from fastar_backend.config import AttentionConfig
+
+
+class TextCache:
+    """One layer's prompt of one stream. key, value: [text tokens, heads, head_dim]; text: [text tokens, text_dim], the
+    embedded prompt, whose equal rows are folded."""
+
+    def __init__(self, key: Tensor, value: Tensor, text: Tensor, config: AttentionConfig) -> None:
+        self.config = config
+        self.bias: Tensor | None = None
+        if config.kind == "fastar":
+            _, group, count = torch.unique(text, dim=0, return_inverse=True, return_counts=True)
+            first = torch.full_like(count, len(text)).scatter_reduce(
+                0, group, torch.arange(len(text), device=text.device), "amin"
+            )
+            key, value, self.bias = key[first], value[first], count.to(key.dtype).log()
+            self.padding = int(count.argmax())
+        self.keys, self.values = key.transpose(0, 1).contiguous(), value.transpose(0, 1).contiguous()
+        self.kept = float(len(key))  # tokens attended to, mean over heads
+
+    def begin(self) -> None:
+        self.kept = float(self.keys.shape[1])
+
+    def attend(self, query: Tensor) -> Tensor:
+        """query: [heads, n, head_dim] -> the same shape."""
+        keys, values = self.keys, self.values
+        if self.bias is None:
+            return attention(query, keys, values, None)
+        bias = self.bias.expand(keys.shape[0], -1)
+        if self.config.select_text:
+            keep = self.near(query)
+            count = int(keep.sum(-1).max())
+            self.kept = keep.float().sum(-1).mean().item()
+            # The kept tokens of each head first; heads with fewer are filled up with masked ones.
+            index = keep.to(torch.uint8).argsort(dim=-1, descending=True, stable=True)[:, :count]
+            rows = index[..., None].expand(-1, -1, keys.shape[-1])
+            keys, values = keys.gather(1, rows), values.gather(1, rows)
+            bias = bias.masked_fill(~keep, -torch.inf).gather(1, index)
+        return attention(query, keys, values, bias)
+
+    def near(self, query: Tensor) -> Tensor:
+        """[heads, tokens] bool: tokens that share a bucket with some query, and the padding's group."""
+        tables, bits = self.config.index_tables, self.config.index_bits
+        mine, theirs = ann.signatures(query, tables, bits), ann.signatures(self.keys, tables, bits)
+        offset = torch.arange(tables, device=query.device) << bits  # one histogram over all tables
+        seen = torch.zeros(len(query), tables << bits, dtype=torch.bool, device=query.device)
+        seen.scatter_(1, (mine + offset).flatten(1), True)
+        keep = seen.gather(1, (theirs + offset).flatten(1)).unflatten(1, (-1, tables)).any(-1)
+        return keep | (F.one_hot(torch.tensor(self.padding, device=query.device), keep.shape[1]) > 0)

@@ -1,0 +1,156 @@
+"""What one layer of one stream remembers. `FrameCache` keeps whole latent frames: all of them (dense) or a window.
+
+Positions. Keys arrive with spatial rotary positions only. Temporal positions are counted from the first latent frame of
+the chunk being generated and clamped at `reach` frames of distance, so a stream can run for ever on positions the model was
+trained on. Cached keys are stored rotated to their position in the current chunk's frame of reference; `begin` turns by
+the difference those whose position changed (only frames nearer than `reach`, so dense attention pays for the newest
+frames only).
+"""
+
+from __future__ import annotations
+
+import dataclasses
+
+import torch
+from torch import Tensor
+from torch.nn import functional as F
+
+from fastar_backend.model.layers import rotate_time
+
+
+@dataclasses.dataclass(frozen=True)
+class CacheShape:
+    """What every layer's cache of a model has in common."""
+
+    heads: int
+    head_dim: int
+    frame_tokens: int
+    chunk_frames: int
+    reach: int  # latent frames after which temporal distance is clamped
+    rope_split: tuple[int, int, int]
+    rope_theta: float
+    device: torch.device
+    dtype: torch.dtype
+
+    @property
+    def chunk_tokens(self) -> int:
+        return self.frame_tokens * self.chunk_frames
+
+    def turn(self, x: Tensor, positions: Tensor) -> Tensor:
+        """Rotates x [heads, tokens, head_dim] in time by positions [tokens] or [heads, tokens]."""
+        return rotate_time(x, positions, self.rope_split, self.rope_theta)
+
+
+class FrameCache:
+    """Keys and values [heads, tokens, head_dim] of whole latent frames, oldest first.
+
+    max_frames=None keeps all (dense attention); else the first `sink_frames` and the newest others (sliding window).
+    """
+
+    def __init__(self, shape: CacheShape, max_frames: int | None = None, sink_frames: int = 0, prefix: int = 0) -> None:
+        self.shape, self.max_frames, self.sink_frames = shape, max_frames, sink_frames
+        self.prefix = prefix  # tokens reserved in front for a subclass
+        frames = (max_frames or 16) + shape.chunk_frames
+        room = (shape.heads, prefix + frames * shape.frame_tokens, shape.head_dim)
+        self.keys = torch.zeros(room, device=shape.device, dtype=shape.dtype)
+        self.values = torch.zeros_like(self.keys)
+        self.times: list[int] = []  # latent frame index of each cached frame
+        self.start = 0  # first latent frame of the current chunk
+        self.history_frames = 0  # latent frames ever appended: what dense attention would hold
+        self.executed = self.possible = 0  # query-key pairs of this chunk, for `density`
+
+    @property
+    def end(self) -> int:
+        """One past the last cached token in the buffers."""
+        return self.prefix + len(self.times) * self.shape.frame_tokens
+
+    @property
+    def first(self) -> int:
+        """The first used token in the buffers."""
+        return self.prefix
+
+    @property
+    def tokens(self) -> int:
+        return self.end - self.first
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes held, unused room included."""
+        return self.keys.nbytes + self.values.nbytes
+
+    @property
+    def bias(self) -> Tensor | None:
+        """Logit bias [heads, tokens] of the cached tokens, or None."""
+        return None
+
+    def begin(self, start: int) -> None:
+        """Makes `start` (a latent frame index) position 0 and prepares the cached keys for it."""
+        shape = self.shape
+        if self.times:
+            times = torch.tensor(self.times, device=shape.device)
+            turn = (times - start).clamp(min=-shape.reach) - (times - self.start).clamp(min=-shape.reach)
+            changed = turn.nonzero()
+            if len(changed):
+                first = int(changed[0])
+                rows = slice(self.prefix + first * shape.frame_tokens, self.end)
+                by = turn[first:].repeat_interleave(shape.frame_tokens)
+                self.keys[:, rows] = shape.turn(self.keys[:, rows], by)
+        self.start = start
+        self.executed = self.possible = 0
+
+    def _make_room(self) -> None:
+        missing = self.end + self.shape.chunk_tokens - self.keys.shape[1]
+        if missing > 0:
+            grow = (0, 0, 0, max(missing, self.keys.shape[1] // 2))
+            self.keys, self.values = F.pad(self.keys, grow), F.pad(self.values, grow)
+
+    def view(self, key: Tensor, value: Tensor) -> tuple[Tensor, Tensor]:
+        """Cached and current keys and values in one contiguous stretch; key, value: [heads, chunk tokens, head_dim]."""
+        self._make_room()
+        end = self.end
+        stop = end + key.shape[1]
+        self.keys[:, end:stop], self.values[:, end:stop] = key, value
+        return self.keys[:, self.first : stop], self.values[:, self.first : stop]
+
+    def count_pairs(self, queries: int, keys: int) -> None:
+        self.executed += queries * keys
+        self.possible += queries * (self.history_frames * self.shape.frame_tokens + self.shape.chunk_tokens)
+
+    def attend(self, query: Tensor, key: Tensor, value: Tensor, progress: float) -> Tensor:
+        """One chunk's queries over the cache and the chunk itself (block-causal: all of the chunk).
+
+        query, key, value: [heads, chunk tokens, head_dim], rotated in space and time. progress: the share of denoising steps
+        done, 0..1 (1: the clean pass).
+        """
+        keys, values = self.view(key, value)
+        self.count_pairs(query.shape[1], keys.shape[1])
+        return attention(query, keys, values, self.full_bias(query.shape[1]))
+
+    def full_bias(self, chunk_tokens: int) -> Tensor | None:
+        """`bias` with zeros for the chunk's own keys."""
+        return None if self.bias is None else F.pad(self.bias, (0, chunk_tokens))
+
+    def append(self, query: Tensor, key: Tensor, value: Tensor) -> None:
+        """Takes the clean pass's keys and values into the cache. Shapes and rotations as in `attend`."""
+        self.view(key, value)
+        frames = key.shape[1] // self.shape.frame_tokens
+        self.times += range(self.start, self.start + frames)
+        self.history_frames += frames
+        surplus = len(self.times) - self.max_frames if self.max_frames is not None else 0
+        if surplus > 0:
+            self._drop(surplus)
+
+    def _drop(self, surplus: int) -> None:
+        """Removes `surplus` frames behind the sinks."""
+        size = self.shape.frame_tokens
+        first = self.prefix + self.sink_frames * size
+        moved = slice(first + surplus * size, self.end)
+        for buffer in (self.keys, self.values):
+            buffer[:, first : moved.stop - surplus * size] = buffer[:, moved].clone()
+        del self.times[self.sink_frames : self.sink_frames + surplus]
+
+
+def attention(query: Tensor, keys: Tensor, values: Tensor, bias: Tensor | None) -> Tensor:
+    """softmax(q k / sqrt(d) + bias) v; [heads, tokens, head_dim], bias [heads, keys]."""
+    mask = None if bias is None else bias[None, :, None].to(query.dtype).expand(1, -1, query.shape[1], -1)
+    return F.scaled_dot_product_attention(query[None], keys[None], values[None], mask)[0]

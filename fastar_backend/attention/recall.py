@@ -1,0 +1,80 @@
+"""Attention recall: how much of dense attention over the whole history a compressed or sparse cache reproduces.
+
+Each past token is represented by something the cache holds (itself, or the group that took it in) or by nothing. With P the
+dense attention mass summed over what each held entry represents, and Q the entry's mass in the fast attention,
+recall = sum over entries of min(P, Q): 1 when the fast softmax puts all mass where the dense one does; dropped
+tokens and wrong group weights both lower it. Measuring keeps the whole history's keys: for benchmarks and tests.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from fastar_backend.attention.cache import CacheShape, FrameCache
+from fastar_backend.attention.temp_cache import TempCache
+
+QUERY_STRIDE = 12  # one query in so many is measured
+
+
+class RecallProbe:
+    def __init__(self, shape: CacheShape, cache: FrameCache) -> None:
+        self.shape, self.cache = shape, cache
+        self.history = FrameCache(shape)
+        self.owner = torch.full((shape.heads, 0), -1, dtype=torch.long, device=shape.device)  # slot of each past token
+        self.recall = 1.0
+
+    def begin(self, start: int) -> None:
+        self.history.begin(start)
+
+    def measure(self, query: Tensor, key: Tensor, value: Tensor, sparse: bool) -> None:
+        """Call before `cache.append`; query, key, value as there. sparse: whether AnnSA's selection was in force."""
+        probe, scale = query[:, ::QUERY_STRIDE].float(), self.shape.head_dim**-0.5
+        keys, _ = self.history.view(key, value)
+        dense = (probe @ keys.float().transpose(1, 2) * scale).softmax(-1)
+        held, _ = self.cache.view(key, value)
+        logits = probe @ held.float().transpose(1, 2) * scale
+        if (bias := self.cache.full_bias(key.shape[1])) is not None:
+            logits = logits + bias[:, None]
+        selection = self.cache.selection if sparse and isinstance(self.cache, TempCache) else None
+        if selection is not None:
+            per_block = query.shape[1] // selection.blocks
+            block = selection.order.argsort(-1) // per_block  # of each query
+            allowed = torch.zeros(len(held), selection.blocks, held.shape[1], dtype=torch.bool, device=held.device)
+            allowed.scatter_(2, selection.keys, True)
+            allowed[..., -key.shape[1] :] = True
+            mine = allowed.gather(1, block[:, ::QUERY_STRIDE, None].expand(-1, -1, held.shape[1]))
+            logits = logits.masked_fill(~mine, -torch.inf)
+        fast = logits.softmax(-1)
+        entry = self._entries(held.shape[1], key.shape[1])
+        mass = torch.zeros(*fast.shape[:2], fast.shape[2] + 1, device=fast.device)
+        mass.scatter_add_(2, entry[:, None].expand_as(dense), dense)
+        self.recall = torch.minimum(mass[..., :-1], fast).sum(-1).mean().item()
+
+    def _entries(self, held: int, own: int) -> Tensor:
+        """For each token of the history and the chunk its index among the cache's entries; `held` (one past) = none."""
+        size, cache = self.shape.frame_tokens, self.cache
+        tokens = self.history.tokens
+        slots = cache.slots if isinstance(cache, TempCache) else 0
+        offset = slots - (cache.prefix - cache.first)  # slot number of the view's first entry
+        entry = torch.where(self.owner >= 0, self.owner - offset, held)
+        for index, time in enumerate(cache.times):
+            first = cache.prefix - cache.first + index * size
+            entry[:, time * size : (time + 1) * size] = torch.arange(first, first + size, device=entry.device)
+        chunk = torch.arange(held - own, held, device=entry.device).expand(len(entry), -1)
+        return torch.cat([entry[:, :tokens], chunk], 1)
+
+    def appended(self, query: Tensor, key: Tensor, value: Tensor, before: list[int]) -> None:
+        """Call after `cache.append`; before: the cache's `times` before it."""
+        size = self.shape.frame_tokens
+        self.history.append(query, key, value)
+        fresh = torch.full((len(self.owner), key.shape[1]), -1, dtype=torch.long, device=key.device)
+        self.owner = torch.cat([self.owner, fresh], 1)
+        report = self.cache.report if isinstance(self.cache, TempCache) else None
+        if report is None:
+            return
+        lost = (self.owner >= 0) & report.evicted.gather(1, self.owner.clamp(min=0))
+        self.owner = torch.where(lost, -1, self.owner)
+        gone = [time for time in before if time not in self.cache.times]
+        for index, time in enumerate(gone):
+            self.owner[:, time * size : (time + 1) * size] = report.assigned[:, index * size : (index + 1) * size]

@@ -1,0 +1,208 @@
+"""TempCache (paper, section on temporal cache compression): keys that recur across frames become one group.
+
+Newest frames stay whole. A frame that leaves them is merged, token by token and head by head, into a memory of at most
+`budget` groups: its nearest group (ANN top-1) takes it in when their keys' cosine exceeds the threshold; otherwise it
+founds a group. A group has one key, the mean of its members' values, and the logit bias log(count), which is exact when
+the members' keys are equal. That is where the clamp of temporal distance helps: members that left the newest frames
+share one temporal position, so equal content means equal keys (under plain rotary positions it does not, and the
+log-count law fails).
+
+The budget is hard. When it is full, the groups with the least attention mass (a running mean over chunks) give way to
+newcomers with more. Sinks and the newest frames are never merged nor dropped.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+
+import torch
+from torch import Tensor
+from torch.nn import functional as F
+
+from fastar_backend.attention import ann, ann_sa
+from fastar_backend.attention.cache import CacheShape, FrameCache, attention
+from fastar_backend.config import AttentionConfig
+
+USAGE_DECAY = 0.95  # per chunk, of the running attention mass that decides who stays
+USAGE_STRIDE = 6  # one query in so many measures it
+
+
+@dataclasses.dataclass
+class MergeReport:
+    """What became of the tokens of leaving frames. assigned: [heads, n] slot, -1 = dropped; evicted: [heads, slots] bool,
+    slots whose old group was dropped before the assignment."""
+
+    assigned: Tensor
+    evicted: Tensor
+
+
+class TempCache(FrameCache):
+    """Layout of the buffers: [memory slots, filled from the last one backwards | sinks, newest frames | chunk]."""
+
+    def __init__(self, shape: CacheShape, config: AttentionConfig) -> None:
+        slots = (config.budget_frames - config.sink_frames - config.recent_frames) * shape.frame_tokens
+        super().__init__(shape, config.sink_frames + config.recent_frames, config.sink_frames, prefix=slots)
+        self.config, self.slots = config, slots
+        size = self.keys.shape[:2]
+        self.count = torch.zeros(shape.heads, slots, device=shape.device)  # members of each group; 0 = free slot
+        self.time = torch.zeros(shape.heads, slots, dtype=torch.long, device=shape.device)  # of its newest member
+        self.usage = torch.zeros(size, device=shape.device)
+        self.queries = torch.zeros_like(self.keys) if config.match == "query" else None
+        self.used = 0  # slots in use, the fullest head's
+        self.merged = 0.0  # tokens that joined a group so far, mean over heads
+        self.selection: ann_sa.Selection | None = None
+        self.report: MergeReport | None = None  # of the last append; None when nothing left the newest frames
+
+    @property
+    def first(self) -> int:
+        return self.prefix - self.used
+
+    @property
+    def nbytes(self) -> int:
+        extra = (self.count, self.time, self.usage) + (() if self.queries is None else (self.queries,))
+        return super().nbytes + sum(t.nbytes for t in extra)
+
+    @property
+    def bias(self) -> Tensor | None:
+        if not self.used:
+            return None
+        count = self.count[:, self.slots - self.used :]
+        bias = count.log() if self.config.weight != "none" else torch.where(count > 0, 0.0, -torch.inf)
+        return F.pad(bias, (0, self.end - self.prefix))
+
+    def begin(self, start: int) -> None:
+        reach = self.shape.reach
+        if self.used:
+            turn = (self.time - start).clamp(min=-reach) - (self.time - self.start).clamp(min=-reach)
+            if turn.any():
+                self.keys[:, : self.slots] = self.shape.turn(self.keys[:, : self.slots], turn)
+        super().begin(start)
+        self.selection = None
+
+    def attend(self, query: Tensor, key: Tensor, value: Tensor, progress: float) -> Tensor:
+        config = self.config
+        if config.sparse_density >= 1 or progress < config.dense_steps or not self.tokens:
+            return super().attend(query, key, value, progress)
+        keys, values = self.view(key, value)
+        if self.selection is None:  # once a chunk: later passes see nearly the same queries
+            self.selection = ann_sa.select(query, keys[:, : self.tokens], self.bias, config)
+        self.count_pairs(query.shape[1], self.selection.keys_per_block + key.shape[1])
+        return ann_sa.attend(query, keys, values, self.full_bias(key.shape[1]), self.selection)
+
+    def append(self, query: Tensor, key: Tensor, value: Tensor) -> None:
+        keys, _ = self.view(key, value)
+        stop = self.end + key.shape[1]
+        logits = query[:, ::USAGE_STRIDE] @ keys.transpose(1, 2) * self.shape.head_dim**-0.5
+        if (bias := self.full_bias(key.shape[1])) is not None:
+            logits = logits + bias[:, None]
+        mass = logits.float().softmax(-1).mean(1)
+        fresh = slice(self.end, stop)
+        self.usage[:, fresh] = mass[:, -key.shape[1] :]
+        known = slice(self.first, self.end)
+        self.usage[:, known] = USAGE_DECAY * self.usage[:, known] + (1 - USAGE_DECAY) * mass[:, : self.tokens]
+        if self.queries is not None:
+            self.queries[:, fresh] = query
+        self.report = None
+        super().append(query, key, value)
+
+    def _drop(self, surplus: int) -> None:
+        size = self.shape.frame_tokens
+        first = self.prefix + self.sink_frames * size
+        leaving = slice(first, first + surplus * size)
+        if self.slots:
+            times = torch.tensor(self.times[self.sink_frames : self.sink_frames + surplus], device=self.shape.device)
+            times = times.repeat_interleave(size)
+            probe = None if self.queries is None else self.queries[:, leaving]
+            self._merge(self.keys[:, leaving], self.values[:, leaving], times, self.usage[:, leaving], probe)
+        moved = slice(leaving.stop, self.end)
+        for buffer in (self.usage, self.queries):
+            if buffer is not None:
+                buffer[:, first : moved.stop - surplus * size] = buffer[:, moved].clone()
+        super()._drop(surplus)
+
+    def _merge(self, keys: Tensor, values: Tensor, times: Tensor, usage: Tensor, probe: Tensor | None) -> None:
+        """keys, values: [heads, n, head_dim], rotated; times: [n]; usage: [heads, n]; probe: the tokens' queries."""
+        shape, config, slots = self.shape, self.config, self.slots
+        position = (times - self.start).clamp(min=-shape.reach)
+        raw = shape.turn(keys, -position)  # without temporal position: content and place in the frame
+        memory = shape.turn(self.keys[:, :slots], -(self.time - self.start).clamp(min=-shape.reach))
+        held = self.count > 0
+        match = ann.top1(raw if probe is None else shape.turn(probe, -position), memory, held, config)
+        found = match.clamp(min=0)
+        partner = _rows(memory, found)
+        similarity = F.cosine_similarity(raw.float(), partner.float(), dim=-1)
+        joins = (match >= 0) & (similarity > config.merge_threshold)
+
+        # Newcomers that join no group: the most used of them replace free slots, then the least used groups.
+        rank = usage.masked_fill(joins, -2.0)
+        worth, newcomer = rank.sort(-1, descending=True)
+        taken = torch.zeros_like(held).scatter_reduce(1, found, joins, "amax", include_self=True)
+        price = torch.where(held, self.usage[:, :slots], -1.0).masked_fill(taken, torch.inf)
+        # Free slots are filled from the last one backwards, so that those in use are a contiguous stretch.
+        order = torch.where(held, price, -1 - torch.arange(slots, device=shape.device) / slots).argsort(-1)
+        pairs = min(order.shape[1], newcomer.shape[1])
+        slot, newcomer, worth = order[:, :pairs], newcomer[:, :pairs], worth[:, :pairs]
+        replace = worth > price.gather(1, slot)
+        evicted = torch.zeros_like(held).scatter(1, slot, replace) & held
+        assigned = torch.where(joins, match, -1).scatter(1, newcomer, torch.where(replace, slot, _at(joins, newcomer, match)))
+        self._write(slot, newcomer, replace, keys, values, times, usage)
+        self._join(found, joins, keys, values, times, usage, memory, raw, probe)
+        self.used = max(self.used, slots - int(((self.count > 0).any(0)).int().argmax())) if self.count.any() else 0
+        self.merged += joins.float().sum(1).mean().item()
+        self.report = MergeReport(assigned, evicted)
+
+    def _write(self, slot: Tensor, newcomer: Tensor, replace: Tensor, keys: Tensor, values: Tensor, times: Tensor,
+               usage: Tensor) -> None:  # fmt: skip
+        """Puts newcomer [heads, pairs] into slot [heads, pairs] where `replace`."""
+        heads, pairs = replace.nonzero(as_tuple=True)
+        to, source = slot[heads, pairs], newcomer[heads, pairs]
+        self.keys[heads, to], self.values[heads, to] = keys[heads, source], values[heads, source]
+        self.time[heads, to], self.usage[heads, to] = times[source], usage[heads, source]
+        self.count[heads, to] = 1
+
+    def _join(self, found: Tensor, joins: Tensor, keys: Tensor, values: Tensor, times: Tensor, usage: Tensor,
+              memory: Tensor, raw: Tensor, probe: Tensor | None) -> None:  # fmt: skip
+        """Adds the joining tokens to their groups: count, mean value, representative key (the last member's)."""
+        shape, slots = self.shape, self.slots
+        heads, tokens = joins.nonzero(as_tuple=True)
+        if not len(heads):
+            return
+        flat = heads * slots + found[heads, tokens]
+        old_count = self.count.flatten()
+        added = torch.zeros_like(old_count).index_add(0, flat, torch.ones_like(flat, dtype=old_count.dtype))
+        value_sum = torch.zeros(len(old_count), shape.head_dim, device=shape.device, dtype=torch.float32)
+        value_sum.index_add_(0, flat, values[heads, tokens].float())
+        use = torch.zeros_like(old_count).index_add(0, flat, usage[heads, tokens])
+        grown = added.nonzero()[:, 0]
+        last = torch.full_like(flat.new_empty(len(old_count)), -1).scatter_reduce(0, flat, tokens, "amax")[grown]
+        head, slot = grown // slots, grown % slots
+        before, plus = old_count[grown], added[grown]
+        mean = (before[:, None] * self.values[head, slot].float() + value_sum[grown]) / (before + plus)[:, None]
+        self.values[head, slot] = mean.to(shape.dtype)
+        weight = before
+        if self.config.weight == "effective":
+            # How much of the old members' weight is left under the new key, for the frame's mean query.
+            mean_query = (raw if probe is None else probe).float().mean(1)[head]
+            change = self.keys[head, slot].float() - keys[head, last].float()
+            weight = before * ((mean_query * change).sum(-1) * shape.head_dim**-0.5).exp().clamp(max=1.0)
+        if self.config.representative == "mean":
+            mixed = (before[:, None] * self.keys[head, slot].float() + plus[:, None] * keys[head, last].float())
+            self.keys[head, slot] = (mixed / (before + plus)[:, None]).to(shape.dtype)
+        else:
+            self.keys[head, slot] = keys[head, last]
+            self.time[head, slot] = times[last]
+        self.count.view(-1)[grown] = weight + plus
+        self.usage[head, slot] += use[grown]
+
+
+def _rows(x: Tensor, index: Tensor) -> Tensor:
+    """x [heads, m, d] at index [heads, n] -> [heads, n, d]."""
+    return x.gather(1, index[..., None].expand(-1, -1, x.shape[-1]))
+
+
+def _at(joins: Tensor, newcomer: Tensor, match: Tensor) -> Tensor:
+    """Slot of tokens that stay as they are: their match if they join, else -1."""
+    return torch.where(joins.gather(1, newcomer), match.gather(1, newcomer), -1)
+
+
+__all__ = ["MergeReport", "TempCache", "attention"]
