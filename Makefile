@@ -15,7 +15,8 @@ venv: $(INSTALLED)
 # nvidia-pytriton, of which only the server's binaries are used, asks for numpy < 2, which Python 3.13 does not have:
 # there it is installed without its dependencies, and numpy 2 is right (model.py hands its tensors over by DLPack).
 $(INSTALLED): pyproject.toml client/pyproject.toml constraints.txt
-	@$(PYTHON) -c 'import sys; v = sys.version_info; (3, 11) <= v < (3, 14) or sys.exit("Python 3.11, 3.12 or 3.13 is needed, not %d.%d: make PYTHON=..." % v[:2])'
+	@test -x $(BIN)/python || $(PYTHON) -c 'import sys; v = sys.version_info[:2]; (3, 11) <= v <= (3, 13) or \
+	    sys.exit("Python 3.11, 3.12 or 3.13 is needed, not %d.%d: make PYTHON=..." % v)'
 	test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
 	if $(BIN)/python -c 'import sys; sys.exit(sys.version_info < (3, 13))'; \
 	then $(PIP) -e '.[dev]' -e client && $(PIP) --no-deps nvidia-pytriton; \

@@ -6,12 +6,14 @@ import logging
 import signal
 import sys
 import threading
+from collections.abc import Callable
 from pathlib import Path
 from types import FrameType
 from typing import Annotated
 
 import typer
 from rich.console import Console
+from rich.markup import escape
 
 from fastar_backend.config import parse
 from fastar_backend.errors import FastarError, InvalidInput
@@ -65,7 +67,7 @@ def serve(
     on_signal(server.stopping, server.kill)
     say = Console(highlight=False).print
     say(
-        f"[bold]FAST-AR Serve[/]: loading world {settings.world} (device {settings.device}, {settings.threads} threads)"
+        f"[bold]FAST-AR Serve[/]: loading {escape(settings.world)} on {settings.device}, {settings.threads} CPU threads"
     )
     try:
         server.start()
@@ -82,7 +84,7 @@ def serve(
     say("Stopped.")
 
 
-def on_signal(stopping: threading.Event, kill: object) -> None:
+def on_signal(stopping: threading.Event, kill: Callable[[], None]) -> None:
     """SIGINT and SIGTERM set `stopping`; a second SIGINT calls `kill`."""
 
     def handle(number: int, frame: FrameType | None) -> None:

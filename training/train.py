@@ -321,7 +321,7 @@ def main() -> None:
             return target, torch.where(true, windows.latents[rows].float(), latents)
 
         return autoencoder.train(world.autoencoder, batches, args.decoder_seconds, adversarial_from=0.1, encoder=False,
-                                 learning_rate=4e-4, log=log)  # fmt: skip
+                                 learning_rate=4e-4, adversarial_weight=0.06, log=log)  # fmt: skip
 
     stage("decoder", decoder_stage)
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import itertools
 import re
-from collections.abc import AsyncIterable, Iterable, Iterator
+from collections.abc import AsyncIterable, AsyncIterator, Iterable, Iterator
 from pathlib import Path
 
 from fastar_client.errors import invalid
@@ -23,7 +23,7 @@ class Script:
     def __init__(self, source: Actions) -> None:
         self.held = ""
         self._next: Iterator[str] | None = None
-        self._anext = None
+        self._anext: AsyncIterator[str] | None = None
         if source is None or isinstance(source, str):
             self.held = check_action(source or "")
         elif isinstance(source, AsyncIterable):
@@ -44,10 +44,12 @@ class Script:
         taken: list[str] = []
         while self.varies and len(taken) < latent_frames:
             try:
-                self.held = check_action(next(self._next) if self._next is not None else await anext(self._anext))
-                taken.append(self.held)
+                action = await anext(self._anext) if self._anext is not None else next(self._next or iter(()))
             except (StopIteration, StopAsyncIteration):
                 self._next = self._anext = None
+            else:
+                self.held = check_action(action)
+                taken.append(action)
         if not taken:
             return (self.held,)
         return tuple(taken + [self.held] * (latent_frames - len(taken)))

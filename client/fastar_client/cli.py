@@ -7,6 +7,7 @@ SIGTERM, 1 any other failure. Errors are one line on stderr.
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import json
 import os
 import signal
@@ -159,13 +160,15 @@ async def record(
         def stop(ended: str, exit_code: int) -> None:
             recording.ended, recording.exit_code = ended, exit_code
             closing.append(loop.create_task(stream.close()))
-            for number in caught:
-                loop.remove_signal_handler(number)
+            with contextlib.suppress(NotImplementedError):
+                for number in caught:
+                    loop.remove_signal_handler(number)
 
         closing: list[asyncio.Task[None]] = []
         caught = (signal.SIGINT, signal.SIGTERM)
-        for number in caught:
-            loop.add_signal_handler(number, stop, "interrupted", 128 + number)
+        with contextlib.suppress(NotImplementedError):  # on Windows, where asyncio.run turns Ctrl-C into a cancellation
+            for number in caught:
+                loop.add_signal_handler(number, stop, "interrupted", 128 + number)
         timer = None if max_seconds is None else loop.call_later(max_seconds, stop, "max_seconds", 0)
         try:
             with Progress(*columns, console=console, transient=True, disable=not console.is_terminal) as progress:

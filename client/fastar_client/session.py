@@ -261,6 +261,8 @@ class Stream:
                 if self.options.fps is not None and self._sent >= IN_FLIGHT:
                     await asyncio.sleep(self._play_at.popleft() - time.monotonic())
                 actions = await self._next_actions()
+                if self._over:  # while it waited
+                    return
                 start = self._sent == 0
                 request = ChunkRequest(
                     self.sequence_id,
@@ -337,7 +339,7 @@ class Stream:
         self._inbox.put_nowait(Chunk(frames, stats, actions, sent_at, now))
         self._wake.set()
         self._watch()
-        if self.frames_received == self.options.frames:
+        if self.options.frames is not None and self.frames_received >= self.options.frames:
             self._finish(None)
 
     @property

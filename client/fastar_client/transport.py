@@ -8,7 +8,7 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import re
-from collections.abc import AsyncIterator, Callable
+from collections.abc import AsyncGenerator, AsyncIterator, Awaitable, Callable
 from typing import Protocol
 
 import grpc
@@ -102,7 +102,7 @@ class GrpcTransport:
             raise ServerUnavailable(f"not connected to {self.url}: use `async with connect(url) as c:`")
         return self._client
 
-    async def _ask(self, question: Callable[..., object], timeout: float) -> bool:
+    async def _ask(self, question: Callable[..., Awaitable[object]], timeout: float) -> bool:
         try:
             return bool(await question(client_timeout=timeout))
         except InferenceServerException as error:
@@ -140,11 +140,11 @@ class GrpcCall:
             code, details = error.code().name, error.details() or "no details"
             raise from_grpc(code, details, self._url, self._streaming) from None
         except asyncio.CancelledError:
-            # grpc.aio raises this also when it was the server that cancelled.
+            # grpc.aio raises this also in a task that nobody cancelled, when the connection is closed under the call.
             task = asyncio.current_task()
             if self._cancelled or (task is not None and task.cancelling()):
                 raise
-            raise from_grpc("CANCELLED", "the server cancelled the call", self._url, self._streaming) from None
+            raise from_grpc("CANCELLED", "the call was cancelled", self._url, self._streaming) from None
         self._streaming = True
         return from_server(error.message()) if error is not None else decode(result)
 
@@ -190,7 +190,7 @@ def decode(result: InferResult) -> Reply | ServerError:
 
 
 # A scripted server: gets the requests of one stream, yields its replies; what it raises breaks the connection.
-Script = Callable[[AsyncIterator[ChunkRequest]], AsyncIterator[Reply | FastarError]]
+Script = Callable[[AsyncIterator[ChunkRequest]], AsyncGenerator[Reply | FastarError, None]]
 
 
 class MockTransport:

@@ -105,7 +105,8 @@ class Sampler:
     """Keeps at most 2 * `count` frames, evenly spaced over a stream of unknown length."""
 
     def __init__(self, count: int = 12) -> None:
-        self._count, self._stride, self._kept = count, 1, {}
+        self._count, self._stride = count, 1
+        self._kept: dict[int, np.ndarray] = {}
 
     def add(self, first_frame: int, frames: np.ndarray) -> None:
         """frames: uint8 [n, height, width, 3], the stream's frames from `first_frame` on."""

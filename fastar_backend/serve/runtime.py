@@ -32,7 +32,7 @@ class Launch:
 
 def prepare(settings: ServeSettings, ports: dict[str, int], installation: Installation, repository: Path) -> Launch:
     """Writes the folder. `ports` holds http, grpc, metrics, all free."""
-    folder = Path(tempfile.mkdtemp(prefix="fastar-"))
+    folder = Path(tempfile.mkdtemp(prefix=f"fastar-{os.getpid()}-"))
     backend = folder / "backends" / "python"
     backend.mkdir(parents=True)
     for file in installation.backend.iterdir():

@@ -27,6 +27,7 @@ from fastar_client import (
     connect,
 )
 from fastar_client.protocol import Reply
+from fastar_client.transport import GrpcTransport
 from scripted import Died, ScriptedServer, connected, grpc_server, until
 
 both = pytest.mark.parametrize("kind", ["mock", "grpc"])
@@ -257,7 +258,9 @@ def test_what_actions_raise_reaches_the_caller(kind):
 
 
 @both
-@pytest.mark.parametrize("way", ["break", "exception", "cancel", "close", "context", "connection", "abandon"])
+@pytest.mark.parametrize(
+    "way", ["break", "exception", "cancel", "cancel twice", "close", "context", "connection", "abandon"]
+)
 def test_every_way_out_ends_the_sequence(kind, way):
     async def test():
         server = ScriptedServer()
@@ -269,6 +272,10 @@ def test_every_way_out_ends_the_sequence(kind, way):
             elif way == "exception":
                 async for _ in c.stream("a hall"):
                     raise ZeroDivisionError
+            elif way == "cancel twice":
+                async with c.stream("a hall") as stream:
+                    while True:
+                        await anext(stream)
             elif way == "context":
                 async with c.stream("a hall") as stream:
                     await anext(stream)
@@ -289,8 +296,11 @@ def test_every_way_out_ends_the_sequence(kind, way):
 
         async with connected(kind, server) as c:
             task = asyncio.create_task(consume(c))
-            if way == "cancel":
+            if way.startswith("cancel"):
                 await until(lambda: len(server.chunks) > 3)
+                task.cancel()
+            if way == "cancel twice":
+                await asyncio.sleep(0)
                 task.cancel()
             with contextlib.suppress(ZeroDivisionError, asyncio.CancelledError):
                 await task
@@ -615,6 +625,22 @@ def test_480p_chunks_pass():
     run(test)
 
 
+def test_a_connection_closed_under_a_call():
+    async def test():
+        async with grpc_server(ScriptedServer()) as url:
+            transport = GrpcTransport(url)
+            await transport.connect(5)
+            call = transport.open()
+            waiting = asyncio.create_task(call.receive())
+            await asyncio.sleep(0.05)
+            await transport.close()
+            with pytest.raises(StreamLost, match="cancelled"):
+                await waiting
+            call.half_close()
+
+    run(test)
+
+
 def test_health():
     async def test():
         for ready in (True, False):
@@ -659,11 +685,11 @@ def test_something_else_listens():
             with pytest.raises(ServerUnavailable, match=url):
                 async with connect(url, connect_timeout=0.5):
                     pass
+            for writer in silent:
+                writer.close()
+                await writer.wait_closed()
             listener.close()
             await listener.wait_closed()
-        for writer in silent:
-            writer.close()
-            await writer.wait_closed()
         bare = grpc.aio.server()
         url = f"127.0.0.1:{bare.add_insecure_port('127.0.0.1:0')}"
         await bare.start()

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import shutil
 import signal
 import socket
@@ -11,6 +12,7 @@ import tempfile
 import time
 from pathlib import Path
 
+import numpy as np
 import pytest
 import tritonclient.grpc as triton
 from serve_raw import MODEL_PROCESS, Refused, Stream, descendants, gone, metric, tensor, until
@@ -74,6 +76,16 @@ def test_malformed_bytes_harm_nobody(fake_server):
     with Stream(fake_server.grpc_url) as stream:
         stream.chunk(prompt=PROMPT, start=True, end=True)
     assert fake_server.model_processes == [model]
+
+
+def test_failed_starts_that_are_never_ended_block_nobody(fake_server):
+    for _ in range(60):
+        with Stream(fake_server.grpc_url) as stream:
+            stream.send(prompt="", start=True)
+            with pytest.raises(Refused, match="INVALID_ARGUMENT: PROMPT: "):
+                stream.reply()
+    with Stream(fake_server.grpc_url) as stream:
+        stream.chunk(prompt=PROMPT, start=True, end=True)
 
 
 def test_end_gives_the_memory_back(fake_server):
@@ -163,7 +175,6 @@ class Command:
     """`fastar serve` as a user runs it."""
 
     def __init__(self, repository: Path | None, *options: str, wait: bool = True) -> None:
-        self.before = traces()
         chosen = ["--model-repository", str(repository)] if repository else []
         ports = ["--http-port", "0", "--grpc-port", "0", "--metrics-port", "0"]
         self.process = subprocess.Popen(
@@ -178,6 +189,8 @@ class Command:
                 self.banner += line
                 if "Ready" in line:
                     break
+            else:
+                pytest.fail(f"no server: {self.process.stderr.read()}")
             self.children = descendants(self.process.pid)
 
     @property
@@ -197,12 +210,13 @@ class Command:
         return self.process.returncode, out, err
 
     def left_behind(self) -> set[Path]:
-        return traces() - self.before
+        return traces(self.process.pid)
 
 
-def traces() -> set[Path]:
-    """What servers keep outside their memory."""
-    return {*Path("/dev/shm").glob("fastar_*"), *Path(tempfile.gettempdir()).glob("fastar-*")}
+def traces(supervisor: int) -> set[Path]:
+    """What its servers keep outside their memory."""
+    folder = Path(tempfile.gettempdir())
+    return {*Path("/dev/shm").glob(f"fastar_{supervisor}_*"), *folder.glob(f"fastar-{supervisor}-*")}
 
 
 @pytest.fixture
@@ -252,13 +266,14 @@ def test_a_second_ctrl_c_ends_it_at_once(fake_repository):
 
 
 def test_a_killed_supervisor_leaves_nothing_behind(command):
+    assert len(command.left_behind()) >= 2, "a folder and shared memory, while it runs"
     command.process.kill()
     assert until(lambda: gone(command.children), 10)
     assert until(lambda: not command.left_behind(), 5)
 
 
 def test_a_killed_guard_leaves_nothing_behind(fake_settings):
-    before = traces()
+    before = traces(os.getpid())
     server = Server(fake_settings.model_copy(update={"max_restarts": 0}))
     server.start()
     guard = server.model_processes[0].parent().parent()
@@ -268,7 +283,7 @@ def test_a_killed_guard_leaves_nothing_behind(fake_settings):
     with pytest.raises(ServerError, match="tritonserver died"):
         server.wait()
     assert until(lambda: gone(processes), 5)
-    assert traces() == before
+    assert traces(os.getpid()) == before
 
 
 def test_a_port_in_use_is_named(fake_repository):
@@ -316,3 +331,11 @@ def test_bad_settings_and_a_missing_repository(tmp_path):
     assert "attention.budget_frames" in failed_start("--attention", '{"budget_frames": 0}')
     assert "device" in failed_start("--device", "tpu")
     assert "--model-repository" in failed_start(repository=tmp_path)
+
+
+def test_the_embedded_world_out_of_the_box():
+    with Command(None, "--max-streams", "1") as command, Stream(command.url) as stream:
+        frames, stats = stream.chunk(prompt="a corridor", start=True)
+        assert frames.std() > 1
+        assert stats["world"]["name"] == "doom"
+        assert np.array_equal(stream.chunk(prompt="a corridor", start=True, end=True)[0], frames)
