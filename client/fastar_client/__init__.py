@@ -1,5 +1,10 @@
 """Client of FAST-AR Serve: live generated video from NVIDIA Triton, steered while it plays."""
 
+import os
+
+# Read when gRPC is imported. Its log lines on stderr say nothing that our exceptions do not; set the variable for more.
+os.environ.setdefault("GRPC_VERBOSITY", "NONE")
+
 from fastar_client.blocking import BlockingConnection, BlockingStream, connect_blocking
 from fastar_client.errors import (
     FastarError,

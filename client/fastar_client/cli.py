@@ -9,7 +9,6 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import json
-import os
 import signal
 import sys
 import time
@@ -209,7 +208,6 @@ def json_object(field: str, text: str) -> dict[str, Any]:
 
 
 def main() -> NoReturn:
-    os.environ.setdefault("GRPC_VERBOSITY", "NONE")  # its log lines would drown our one line
     try:
         sys.exit(app(standalone_mode=False) or 0)
     except (KeyboardInterrupt, typer.Abort):

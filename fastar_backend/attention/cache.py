@@ -37,8 +37,8 @@ class CacheShape:
         return self.frame_tokens * self.chunk_frames
 
     def turn(self, x: Tensor, positions: Tensor) -> Tensor:
-        """Rotates x [heads, tokens, head_dim] in time by positions [tokens] or [heads, tokens]."""
-        return rotate_time(x, positions, self.rope_split, self.rope_theta)
+        """Rotates x [..., tokens, head_dim] in time by positions (whole frames), broadcastable to x.shape[:-1]."""
+        return rotate_time(x, positions, self.rope_split[0], self.rope_theta, self.reach + self.chunk_frames)
 
 
 class FrameCache:
@@ -58,6 +58,7 @@ class FrameCache:
         self.start = 0  # first latent frame of the current chunk
         self.history_frames = 0  # latent frames ever appended: what dense attention would hold
         self.executed = self.possible = 0  # query-key pairs of this chunk, for `density`
+        self.bias: Tensor | None = None  # logit bias [heads, cached tokens + chunk tokens], constant during a chunk
 
     @property
     def end(self) -> int:
@@ -77,11 +78,6 @@ class FrameCache:
     def nbytes(self) -> int:
         """Bytes held, unused room included."""
         return self.keys.nbytes + self.values.nbytes
-
-    @property
-    def bias(self) -> Tensor | None:
-        """Logit bias [heads, tokens] of the cached tokens, or None."""
-        return None
 
     def begin(self, start: int) -> None:
         """Makes `start` (a latent frame index) position 0 and prepares the cached keys for it."""
@@ -124,11 +120,7 @@ class FrameCache:
         """
         keys, values = self.view(key, value)
         self.count_pairs(query.shape[1], keys.shape[1])
-        return attention(query, keys, values, self.full_bias(query.shape[1]))
-
-    def full_bias(self, chunk_tokens: int) -> Tensor | None:
-        """`bias` with zeros for the chunk's own keys."""
-        return None if self.bias is None else F.pad(self.bias, (0, chunk_tokens))
+        return attention(query, keys, values, self.bias)
 
     def append(self, query: Tensor, key: Tensor, value: Tensor) -> None:
         """Takes the clean pass's keys and values into the cache. Shapes and rotations as in `attend`."""

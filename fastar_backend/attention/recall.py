@@ -34,8 +34,8 @@ class RecallProbe:
         dense = (probe @ keys.float().transpose(1, 2) * scale).softmax(-1)
         held, _ = self.cache.view(key, value)
         logits = probe @ held.float().transpose(1, 2) * scale
-        if (bias := self.cache.full_bias(key.shape[1])) is not None:
-            logits = logits + bias[:, None]
+        if self.cache.bias is not None:
+            logits = logits + self.cache.bias[:, None]
         selection = self.cache.selection if sparse and isinstance(self.cache, TempCache) else None
         if selection is not None:
             per_block = query.shape[1] // selection.blocks

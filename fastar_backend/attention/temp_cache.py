@@ -62,14 +62,6 @@ class TempCache(FrameCache):
         extra = (self.count, self.time, self.usage) + (() if self.queries is None else (self.queries,))
         return super().nbytes + sum(t.nbytes for t in extra)
 
-    @property
-    def bias(self) -> Tensor | None:
-        if not self.used:
-            return None
-        count = self.count[:, self.slots - self.used :]
-        bias = count.log() if self.config.weight != "none" else torch.where(count > 0, 0.0, -torch.inf)
-        return F.pad(bias, (0, self.end - self.prefix))
-
     def begin(self, start: int) -> None:
         reach = self.shape.reach
         if self.used:
@@ -78,6 +70,11 @@ class TempCache(FrameCache):
                 self.keys[:, : self.slots] = self.shape.turn(self.keys[:, : self.slots], turn)
         super().begin(start)
         self.selection = None
+        self.bias = None
+        if self.used:
+            count = self.count[:, self.slots - self.used :]
+            bias = count.log() if self.config.weight != "none" else torch.where(count > 0, 0.0, -torch.inf)
+            self.bias = F.pad(bias, (0, self.end - self.prefix + self.shape.chunk_tokens)).to(self.shape.dtype)
 
     def attend(self, query: Tensor, key: Tensor, value: Tensor, progress: float) -> Tensor:
         config = self.config
@@ -85,16 +82,17 @@ class TempCache(FrameCache):
             return super().attend(query, key, value, progress)
         keys, values = self.view(key, value)
         if self.selection is None:  # once a chunk: later passes see nearly the same queries
-            self.selection = ann_sa.select(query, keys[:, : self.tokens], self.bias, config)
+            bias = None if self.bias is None else self.bias[:, : self.tokens]
+            self.selection = ann_sa.select(query, keys[:, : self.tokens], bias, config)
         self.count_pairs(query.shape[1], self.selection.keys_per_block + key.shape[1])
-        return ann_sa.attend(query, keys, values, self.full_bias(key.shape[1]), self.selection)
+        return ann_sa.attend(query, keys, values, self.bias, self.selection)
 
     def append(self, query: Tensor, key: Tensor, value: Tensor) -> None:
         keys, _ = self.view(key, value)
         stop = self.end + key.shape[1]
         logits = query[:, ::USAGE_STRIDE] @ keys.transpose(1, 2) * self.shape.head_dim**-0.5
-        if (bias := self.full_bias(key.shape[1])) is not None:
-            logits = logits + bias[:, None]
+        if self.bias is not None:
+            logits = logits + self.bias[:, None]
         mass = logits.float().softmax(-1).mean(1)
         fresh = slice(self.end, stop)
         self.usage[:, fresh] = mass[:, -key.shape[1] :]

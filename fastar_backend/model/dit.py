@@ -15,7 +15,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from fastar_backend.config import ModelConfig
-from fastar_backend.model.layers import RMSNorm, rotate_space, sinusoidal_embedding, spatial_angles
+from fastar_backend.model.layers import RMSNorm, rotate, sinusoidal_embedding, spatial_angles
 
 
 class SelfAttend(Protocol):
@@ -54,7 +54,6 @@ class Block(nn.Module):
     def __init__(self, config: ModelConfig) -> None:
         super().__init__()
         self.eps = config.eps
-        self.time_dim = config.rope_split[0]
         self.self_attn, self.cross_attn = _Projections(config), _Projections(config)
         self.norm3 = nn.LayerNorm(config.dim, config.eps)
         self.ffn = nn.Sequential(
@@ -69,9 +68,9 @@ class Block(nn.Module):
             part.squeeze(-2).unsqueeze(2) for part in (self.modulation + e).to(x.dtype).split(1, dim=-2)
         )
         h = F.layer_norm(x, x.shape[-1:], eps=self.eps) * (1 + scale1) + shift1
-        query = rotate_space(self.self_attn.query(h), *space, self.time_dim)
+        query = rotate(self.self_attn.query(h), *space)
         key, value = self.self_attn.key_value(h)
-        key = rotate_space(key, *space, self.time_dim)
+        key = rotate(key, *space)
         attended = attend(query.flatten(1, 2), key.flatten(1, 2), value.flatten(1, 2))
         x = x + self.self_attn.output(attended).view_as(x) * gate1
         query = self.cross_attn.query(self.norm3(x)).flatten(1, 2)

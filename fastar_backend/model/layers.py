@@ -37,12 +37,13 @@ def rope_rates(dim: int, theta: float) -> Tensor:
 
 @functools.lru_cache(maxsize=16)
 def spatial_angles(grid: tuple[int, int], split: tuple[int, int, int], theta: float) -> Tensor:
-    """Angles [rows * columns, (height + width dims) / 2], float64: row positions first, then column positions."""
-    _, height_dim, width_dim = split
+    """Angles [rows * columns, head_dim / 2], float64: none for the temporal dimensions, then rows, then columns."""
+    time_dim, height_dim, width_dim = split
     rows = torch.arange(grid[0])[:, None] * rope_rates(height_dim, theta)
     columns = torch.arange(grid[1])[:, None] * rope_rates(width_dim, theta)
     return torch.cat(
         [
+            torch.zeros(grid[0], grid[1], time_dim // 2, dtype=torch.float64),
             rows[:, None, :].expand(grid[0], grid[1], -1),
             columns[None, :, :].expand(grid[0], grid[1], -1),
         ],
@@ -56,15 +57,22 @@ def rotate(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
     return torch.stack([even * cos - odd * sin, even * sin + odd * cos], dim=-1).flatten(-2)
 
 
-def rotate_time(x: Tensor, positions: Tensor, split: tuple[int, int, int], theta: float) -> Tensor:
-    """Rotates the temporal head dimensions of x [..., head_dim] by `positions` (latent frames), shape x.shape[:-1]
-    or broadcastable to it; the spatial dimensions pass through."""
-    time_dim = split[0]
-    angles = positions.double()[..., None] * rope_rates(time_dim, theta).to(positions.device)
-    rotated = rotate(x[..., :time_dim], angles.cos().to(x.dtype), angles.sin().to(x.dtype))
-    return torch.cat([rotated, x[..., time_dim:]], dim=-1)
+@functools.lru_cache(maxsize=32)
+def time_turns(time_dim: int, theta: float, span: int, device: torch.device, dtype: torch.dtype) -> Tensor:
+    """Unit complex numbers [2 * span + 1, time_dim / 2] that turn by -span..span latent frames."""
+    angles = torch.arange(-span, span + 1)[:, None] * rope_rates(time_dim, theta)
+    kind = torch.complex128 if dtype == torch.float64 else torch.complex64
+    return torch.polar(torch.ones_like(angles), angles).to(device, kind)
 
 
-def rotate_space(x: Tensor, cos: Tensor, sin: Tensor, time_dim: int) -> Tensor:
-    """Rotates the spatial head dimensions of x [..., tokens, heads, head_dim]; cos, sin: [tokens, 1, spatial / 2]."""
-    return torch.cat([x[..., :time_dim], rotate(x[..., time_dim:], cos, sin)], dim=-1)
+def rotate_time(x: Tensor, positions: Tensor, time_dim: int, theta: float, span: int) -> Tensor:
+    """Rotates the first `time_dim` dimensions of x [..., head_dim], any float type, by `positions` (whole latent
+    frames, -span..span), broadcastable to x.shape[:-1]; the spatial dimensions pass through."""
+    turns = time_turns(time_dim, theta, span, x.device, x.dtype)[positions + span]
+    out = x.clone(memory_format=torch.contiguous_format)
+    part = out[..., :time_dim].unflatten(-1, (-1, 2))
+    if x.dtype in (torch.float32, torch.float64):
+        torch.view_as_complex(part).mul_(turns)
+    else:
+        part.copy_(torch.view_as_real(torch.view_as_complex(part.float()) * turns))
+    return out

@@ -37,6 +37,13 @@ def timings(out: Path) -> dict:
     return json.loads((out / "timings.json").read_text())
 
 
+def wait_for(condition, seconds: float = 10) -> None:
+    deadline = time.monotonic() + seconds
+    while not condition():
+        assert time.monotonic() < deadline
+        time.sleep(0.02)
+
+
 def is_one_line(stderr: str) -> bool:
     return stderr.count("\n") == 1 and stderr.startswith("fastar-client: ") and "Traceback" not in stderr
 
@@ -99,6 +106,19 @@ def test_a_killed_server(tmp_path):
     assert frames_of(tmp_path) == timings(tmp_path)["metrics"]["frames"] == 32
 
 
+def test_a_server_that_shuts_down(tmp_path):
+    server = ScriptedServer(step_seconds=0.03)
+    with threaded_server(server) as url:
+        arguments = ["stream", "--url", url, "--prompt", "a hall", "--out", str(tmp_path)]
+        client = subprocess.Popen([*COMMAND, *arguments], stderr=subprocess.PIPE, text=True)
+        wait_for(lambda: len(server.requests) >= 8)
+    with client:
+        _, stderr = client.communicate(timeout=20)
+    assert client.returncode == 1
+    assert is_one_line(stderr)
+    assert frames_of(tmp_path) == timings(tmp_path)["metrics"]["frames"] > 0
+
+
 @pytest.mark.parametrize(("number", "code"), [(signal.SIGINT, 130), (signal.SIGTERM, 143)])
 def test_signals_end_the_stream_and_keep_the_files(tmp_path, number, code):
     server = ScriptedServer(step_seconds=0.03)
@@ -106,9 +126,7 @@ def test_signals_end_the_stream_and_keep_the_files(tmp_path, number, code):
         arguments = ["stream", "--url", url, "--prompt", "a hall", "--out", str(tmp_path)]
         pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE, "text": True}
         with subprocess.Popen([*COMMAND, *arguments], **pipes) as client:
-            deadline = time.monotonic() + 10
-            while len(server.requests) < 8 and time.monotonic() < deadline:
-                time.sleep(0.02)
+            wait_for(lambda: len(server.requests) >= 8)
             client.send_signal(number)
             stdout, stderr = client.communicate(timeout=20)
         assert (client.returncode, stderr) == (code, "")

@@ -430,10 +430,10 @@ def test_a_killed_server_process():
                 with pytest.raises(StreamLost, match="frames received so far are complete"):
                     await collect(c.stream("a hall"), taken)
                 assert taken == list(range(8))
-                with pytest.raises(ServerUnavailable, match="fastar serve"):
-                    await anext(c.stream("a hall"))
                 with pytest.raises(ServerUnavailable):
                     await c.ready()
+                with pytest.raises(ServerUnavailable, match="fastar serve"):
+                    await anext(c.stream("a hall"))
 
         run(test)
 
@@ -608,9 +608,9 @@ def test_pacing(kind):
             chunks = [chunk async for chunk in c.stream("a hall", frames=24, fps=40)]  # 0.1 s a chunk
             sent = np.array([chunk.sent_at for chunk in chunks]) - chunks[0].received_at
             # Two at the start, the third when the first begins to play, then each when the one two before begins.
-            assert sent[2] < 0.05
+            assert sent[2] < 0.09
             assert (sent[3:] >= 0.1 * np.arange(1, 4) - 0.01).all()
-            assert (sent[3:] < 0.1 * np.arange(1, 4) + 0.08).all()
+            assert (sent[3:] < 0.1 * np.arange(1, 4) + 0.15).all()
 
     run(test)
 

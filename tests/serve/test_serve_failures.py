@@ -190,7 +190,7 @@ class Command:
                 if "Ready" in line:
                     break
             else:
-                pytest.fail(f"no server: {self.process.stderr.read()}")
+                pytest.fail(f"no server: {self.process.communicate()[1]}")
             self.children = descendants(self.process.pid)
 
     @property
