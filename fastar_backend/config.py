@@ -96,9 +96,9 @@ class AttentionConfig(Config):
 
     kind: Literal["dense", "window", "fastar"] = "fastar"
     # Hard cap of cached tokens per stream, layer and head, in latent frames' worth of tokens (window and fastar).
-    budget_frames: int = Field(16, ge=1, le=4096)
+    budget_frames: int = Field(12, ge=1, le=4096)
     sink_frames: int = Field(0, ge=0, le=64)  # first latent frames, never dropped nor merged
-    recent_frames: int = Field(8, ge=1, le=4096)  # newest latent frames, never dropped nor merged (fastar)
+    recent_frames: int = Field(6, ge=1, le=4096)  # newest latent frames, never dropped nor merged (fastar)
     # TempCache
     merge_threshold: float = Field(0.9, ge=-1, le=1)  # cosine of two keys above which they are one group
     representative: Literal["last", "mean"] = "last"

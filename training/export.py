@@ -1,6 +1,6 @@
 """Packs trained weights into a world's folder: world.json, weights.safetensors, starts/*.png (real first frames).
 
-    python -m training.export --weights out/world/decoder.safetensors --out fastar_backend/worlds/doom
+python -m training.export --weights out/world/decoder.safetensors --out fastar_backend/worlds/doom
 """
 
 from __future__ import annotations

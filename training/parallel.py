@@ -16,7 +16,7 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from fastar_backend.config import ModelConfig
-from fastar_backend.model.layers import rotate, rope_rates
+from fastar_backend.model.layers import rope_rates, rotate
 
 
 def visible(query: Tensor, key: Tensor, frames: int, tokens: int, chunk: int, reach: int) -> Tensor:
@@ -27,7 +27,11 @@ def visible(query: Tensor, key: Tensor, frames: int, tokens: int, chunk: int, re
     query_frame, key_frame = (query % length) // tokens, (key % length) // tokens
     query_chunk, key_chunk = query_frame // chunk, key_frame // chunk
     far = query_chunk * chunk - key_frame > reach
-    clean = ~key_noisy & ((key_far & far) | (~key_far & ~far)) & torch.where(query_noisy, key_chunk < query_chunk, key_chunk <= query_chunk)
+    clean = (
+        ~key_noisy
+        & ((key_far & far) | (~key_far & ~far))
+        & torch.where(query_noisy, key_chunk < query_chunk, key_chunk <= query_chunk)
+    )
     return clean | (query_noisy & key_noisy & (key_chunk == query_chunk))
 
 

@@ -8,7 +8,6 @@ Each stage saves to --out and is skipped when its file is there, so a run that w
 from __future__ import annotations
 
 import argparse
-import copy
 import json
 import math
 import time
@@ -33,7 +32,9 @@ MODEL = ModelConfig(
     latent_height=8, latent_width=12, patch=(1, 1, 1), action_dim=7, rope_theta=100.0, rope_max_distance=6,
     prediction="x0",
 )  # fmt: skip
-SAMPLER = SamplerConfig(steps=(1000.0, 500.0), shift=3.0, context_noise=0.1, latent_frames_per_chunk=2, unit_latents=True)
+SAMPLER = SamplerConfig(
+    steps=(1000.0, 750.0, 500.0), shift=3.0, context_noise=0.1, latent_frames_per_chunk=2, unit_latents=True
+)
 PROMPTS_EACH = 48  # phrasings drawn per scenario for one stage
 
 
@@ -130,9 +131,7 @@ class Trainer:
     def predict(self, sequence, prompts, context, context_sigma, noisy, sigma, actions) -> Tensor:
         """Clean latents [B, frames, C, h, w] predicted for the noisy half."""
         latents, sigmas = torch.cat([context, noisy], 1), torch.cat([context_sigma, sigma], 1)
-        output = self.world.dit(
-            latents, sigmas, torch.cat([actions, actions], 1), [sequence] * MODEL.layers, prompts
-        )
+        output = self.world.dit(latents, sigmas, torch.cat([actions, actions], 1), [sequence] * MODEL.layers, prompts)
         return output[:, context.shape[1] :].float()
 
     @torch.no_grad()
@@ -179,7 +178,9 @@ class Trainer:
             u = torch.rand(size, frames // chunk, device=self.device)
             u = torch.where(torch.rand_like(u) < 0.3, torch.ones_like(u), u)  # few steps: pure noise matters most
             sigma = (SAMPLER.shift * u / (1 + (SAMPLER.shift - 1) * u)).repeat_interleave(chunk, 1)
-            x0 = self.predict(sequence, prompts, add_noise(context, level), level, add_noise(clean, sigma), sigma, actions)
+            x0 = self.predict(
+                sequence, prompts, add_noise(context, level), level, add_noise(clean, sigma), sigma, actions
+            )
         weight = 1 / sigma.clamp(min=0.3)
         return ((x0 - clean).square().mean((2, 3, 4)) * weight).mean()
 

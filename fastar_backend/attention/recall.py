@@ -75,6 +75,7 @@ class RecallProbe:
             return
         lost = (self.owner >= 0) & report.evicted.gather(1, self.owner.clamp(min=0))
         self.owner = torch.where(lost, -1, self.owner)
-        gone = [time for time in before if time not in self.cache.times]
+        known = [*before, *self.history.times[-(key.shape[1] // size) :]]
+        gone = [time for time in known if time not in self.cache.times]
         for index, time in enumerate(gone):
             self.owner[:, time * size : (time + 1) * size] = report.assigned[:, index * size : (index + 1) * size]

@@ -1,7 +1,7 @@
 """The attention stack in plain float64 loops: slow, obvious, and what the fast files beside it must compute.
 
-Shapes are those of the fast code, [heads, tokens, head_dim]. Queries and keys come without temporal positions (spatial ones do not
-matter here); `turned` gives them theirs. Nothing is imported from the fast code: the two share no mistake.
+Shapes are those of the fast code, [heads, tokens, head_dim]. Queries and keys come without temporal positions (spatial
+ones do not matter here); `turned` gives them theirs. Nothing is imported from the fast code: the two share no mistake.
 """
 
 from __future__ import annotations
@@ -32,8 +32,9 @@ def attention(query: Tensor, keys: Tensor, values: Tensor, counts: Tensor | None
             logits = [float(q @ k) / math.sqrt(dim) + b for k, b in zip(head_keys, bias, strict=True)]
             top = max(logits)
             weights = [math.exp(logit - top) for logit in logits]
+            total = sum(weights)
             for weight, j in zip(weights, held, strict=True):
-                out[head, i] += weight / sum(weights) * values[head, j].double()
+                out[head, i] += weight / total * values[head, j].double()
     return out
 
 
@@ -140,7 +141,7 @@ def merge(groups: list[Group], leaving: list[Group], threshold: float, budget: i
 
 
 class TempCache:
-    """One layer of one stream: per head, groups (`memory`), the sinks and the newest frames (`frames`, token by token)."""
+    """One layer of one stream; per head, groups (`memory`), and sinks and newest frames token by token (`frames`)."""
 
     def __init__(self, heads: int, layout: Layout, *, budget: int, sinks: int, recent: int, threshold: float,
                  match: str = "key") -> None:  # fmt: skip
@@ -196,15 +197,15 @@ class TempCache:
         return keys, values, counts
 
     def _mass(self, query: Tensor, keys: Tensor, counts: Tensor) -> list[float]:
-        """Attention each key receives, mean over one query in USAGE_STRIDE: what attention to unit vectors returns."""
-        unit = torch.eye(len(keys), dtype=torch.float64)
+        """Attention that each key receives, mean over one query in USAGE_STRIDE."""
+        received = [0.0] * len(keys)
         rows = query[::USAGE_STRIDE]
-        total = [0.0] * len(keys)
         for q in rows:
             weights = [float(c) * math.exp(float(q @ k) / math.sqrt(len(q))) for k, c in zip(keys, counts, strict=True)]
+            total = sum(weights)
             for j, weight in enumerate(weights):
-                total[j] += weight / sum(weights) * float(unit[j, j]) / len(rows)
-        return total
+                received[j] += weight / total / len(rows)
+        return received
 
 
 def signatures(x: Tensor, planes: Tensor, tables: int, bits: int) -> list[list[int]]:
@@ -224,8 +225,8 @@ def signatures(x: Tensor, planes: Tensor, tables: int, bits: int) -> list[list[i
 
 def ann_sa(query: Tensor, keys: Tensor, values: Tensor, counts: Tensor, own: int, planes: Tensor, bits: int,
            density: float, blocks: int) -> tuple[Tensor, Tensor]:  # fmt: skip
-    """AnnSA by masking. Queries in the order of their buckets form equal blocks; a block takes the share `density` of the
-    cached keys with the most attention from its queries, and the last `own` keys (the chunk's).
+    """AnnSA by masking. Queries in the order of their buckets form equal blocks; a block takes the share `density` of
+    the cached keys with the most attention from its queries, and the last `own` keys (the chunk's).
 
     Returns the attention output and the mask [heads, queries, keys] of what each query attended to.
     """
@@ -246,8 +247,9 @@ def ann_sa(query: Tensor, keys: Tensor, values: Tensor, counts: Tensor, own: int
                     float(counts[head, j]) * math.exp(float(q @ keys[head, j].double()) / math.sqrt(dim))
                     for j in range(cached)
                 ]
+                total = sum(weights)
                 for j in range(cached):
-                    score[j] += weights[j] / sum(weights)
+                    score[j] += weights[j] / total
             taken = sorted(range(cached), key=lambda j: -score[j])[:take]
             for i in members:
                 mask[head, i, taken] = True
@@ -261,8 +263,8 @@ def ann_sa(query: Tensor, keys: Tensor, values: Tensor, counts: Tensor, own: int
 
 def ann_ca(query: Tensor, keys: Tensor, values: Tensor, text: Tensor, planes: Tensor, tables: int,
            bits: int) -> tuple[Tensor, list[int]]:  # fmt: skip
-    """AnnCA: equal prompt tokens (rows of text [tokens, text_dim]) folded into groups; a head keeps the groups that share
-    a bucket of some table with some query, and the largest group (the padding).
+    """AnnCA: equal prompt tokens (rows of text [tokens, text_dim]) folded into groups; a head keeps the groups that
+    share a bucket of some table with some query, and the largest group (the padding).
 
     query: [heads, n, d]; keys, values: [heads, tokens, d]. Returns the output and the groups kept by each head.
     """

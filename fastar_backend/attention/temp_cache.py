@@ -47,7 +47,9 @@ class TempCache(FrameCache):
         self.count = torch.zeros(shape.heads, slots, device=shape.device)  # members of each group; 0 = free slot
         self.time = torch.zeros(shape.heads, slots, dtype=torch.long, device=shape.device)  # of its newest member
         self.usage = torch.zeros(size, device=shape.device)
-        self.queries = torch.zeros_like(self.keys) if config.match == "query" else None
+        self.queries = None  # the tokens' queries, without temporal position
+        if config.match == "query" or config.weight == "effective":
+            self.queries = torch.zeros_like(self.keys)
         self.used = 0  # slots in use, the fullest head's
         self.merged = 0.0  # tokens that joined a group so far, mean over heads
         self.selection: ann_sa.Selection | None = None
@@ -99,7 +101,8 @@ class TempCache(FrameCache):
         known = slice(self.first, self.end)
         self.usage[:, known] = USAGE_DECAY * self.usage[:, known] + (1 - USAGE_DECAY) * mass[:, : self.tokens]
         if self.queries is not None:
-            self.queries[:, fresh] = query
+            frames = torch.arange(query.shape[1] // self.shape.frame_tokens, device=query.device)
+            self.queries[:, fresh] = self.shape.turn(query, -frames.repeat_interleave(self.shape.frame_tokens))
         self.report = None
         super().append(query, key, value)
 
@@ -119,13 +122,14 @@ class TempCache(FrameCache):
         super()._drop(surplus)
 
     def _merge(self, keys: Tensor, values: Tensor, times: Tensor, usage: Tensor, probe: Tensor | None) -> None:
-        """keys, values: [heads, n, head_dim], rotated; times: [n]; usage: [heads, n]; probe: the tokens' queries."""
+        """keys, values: [heads, n, head_dim], rotated; times: [n]; usage: [heads, n]; probe: the tokens'
+        queries without temporal position, where kept."""
         shape, config, slots = self.shape, self.config, self.slots
         position = (times - self.start).clamp(min=-shape.reach)
         raw = shape.turn(keys, -position)  # without temporal position: content and place in the frame
         memory = shape.turn(self.keys[:, :slots], -(self.time - self.start).clamp(min=-shape.reach))
         held = self.count > 0
-        match = ann.top1(raw if probe is None else shape.turn(probe, -position), memory, held, config)
+        match = ann.top1(probe if config.match == "query" else raw, memory, held, config)
         found = match.clamp(min=0)
         partner = _rows(memory, found)
         similarity = F.cosine_similarity(raw.float(), partner.float(), dim=-1)
@@ -142,9 +146,11 @@ class TempCache(FrameCache):
         slot, newcomer, worth = order[:, :pairs], newcomer[:, :pairs], worth[:, :pairs]
         replace = worth > price.gather(1, slot)
         evicted = torch.zeros_like(held).scatter(1, slot, replace) & held
-        assigned = torch.where(joins, match, -1).scatter(1, newcomer, torch.where(replace, slot, _at(joins, newcomer, match)))
+        assigned = torch.where(joins, match, -1).scatter(
+            1, newcomer, torch.where(replace, slot, _at(joins, newcomer, match))
+        )
         self._write(slot, newcomer, replace, keys, values, times, usage)
-        self._join(found, joins, keys, values, times, usage, memory, raw, probe)
+        self._join(found, joins, keys, values, times, usage, probe)
         self.used = max(self.used, slots - int(((self.count > 0).any(0)).int().argmax())) if self.count.any() else 0
         self.merged += joins.float().sum(1).mean().item()
         self.report = MergeReport(assigned, evicted)
@@ -159,7 +165,7 @@ class TempCache(FrameCache):
         self.count[heads, to] = 1
 
     def _join(self, found: Tensor, joins: Tensor, keys: Tensor, values: Tensor, times: Tensor, usage: Tensor,
-              memory: Tensor, raw: Tensor, probe: Tensor | None) -> None:  # fmt: skip
+              probe: Tensor | None) -> None:  # fmt: skip
         """Adds the joining tokens to their groups: count, mean value, representative key (the last member's)."""
         shape, slots = self.shape, self.slots
         heads, tokens = joins.nonzero(as_tuple=True)
@@ -180,11 +186,11 @@ class TempCache(FrameCache):
         weight = before
         if self.config.weight == "effective":
             # How much of the old members' weight is left under the new key, for the frame's mean query.
-            mean_query = (raw if probe is None else probe).float().mean(1)[head]
+            mean_query = probe.float().mean(1)[head]
             change = self.keys[head, slot].float() - keys[head, last].float()
             weight = before * ((mean_query * change).sum(-1) * shape.head_dim**-0.5).exp().clamp(max=1.0)
         if self.config.representative == "mean":
-            mixed = (before[:, None] * self.keys[head, slot].float() + plus[:, None] * keys[head, last].float())
+            mixed = before[:, None] * self.keys[head, slot].float() + plus[:, None] * keys[head, last].float()
             self.keys[head, slot] = (mixed / (before + plus)[:, None]).to(shape.dtype)
         else:
             self.keys[head, slot] = keys[head, last]

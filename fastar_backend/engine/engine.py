@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import logging
 import time
+import traceback
 from collections.abc import Sequence
 
 import torch
@@ -30,8 +31,11 @@ ACTION_BYTES = 256
 class StreamEngine:
     """Not thread-safe: one caller at a time (Triton's instance)."""
 
-    def __init__(self, world: World, attention: AttentionConfig, max_streams: int = 8) -> None:
-        self.world, self.attention, self.max_streams = world, attention, max_streams
+    def __init__(
+        self, world: World, attention: AttentionConfig, max_streams: int = 8, stream_bytes: int = 4 << 30
+    ) -> None:
+        """stream_bytes: caches of one stream may not grow beyond; dense attention and recall probes do grow."""
+        self.world, self.attention, self.max_streams, self.stream_bytes = world, attention, max_streams, stream_bytes
         model, sampler = world.config.model, world.config.sampler
         weight = world.dit.head.head.weight
         self.device, self.dtype = weight.device, weight.dtype
@@ -67,7 +71,16 @@ class StreamEngine:
             raise AtCapacity(f"stream: all {self.max_streams} slots are taken; allowed: try again when a stream ends")
         check_prompt(prompt)
         attention = options.attention or self.attention
-        self.streams[stream_id] = Stream(self.world, self.shape, prompt, options, attention)
+        model = self.world.config.model
+        token_bytes = 2 * model.dim * model.layers * self.dtype.itemsize
+        if attention.kind != "dense" and attention.budget_frames * model.frame_tokens * token_bytes > self.stream_bytes:
+            most = self.stream_bytes // (model.frame_tokens * token_bytes)
+            raise InvalidInput("OPTIONS.attention.budget_frames", f"got {attention.budget_frames}", f"1..{most}")
+        stream = Stream(self.world, self.shape, prompt, options, attention)
+        if attention.kind != "dense" and stream.cache_bytes > self.stream_bytes:  # the chunk's room is in it, too
+            most = f"less: these caches have {stream.cache_bytes} bytes of {self.stream_bytes}"
+            raise InvalidInput("OPTIONS.attention.budget_frames", f"got {attention.budget_frames}", most)
+        self.streams[stream_id] = stream
 
     def close(self, stream_id: int) -> bool:
         """Frees the stream's memory; False if there is no such stream."""
@@ -118,7 +131,8 @@ class StreamEngine:
                     self._prefill(stream)
                 frames, finite = self._advance(streams, torch.stack([actions for _, _, actions in ready]))
             except Exception as error:  # out of memory, a kernel's failure: these streams' states are unknown now
-                log.exception("step of %d streams failed", len(ready))
+                # Without the message: it might quote a prompt.
+                log.error("step of %d streams failed: %s\n%s", len(ready), type(error).__name__, where(error))
                 for row, _, _ in ready:
                     self.close(requests[row].stream_id)
                     results[row] = FastarError(f"step: {type(error).__name__}; allowed: open a new stream")
@@ -139,6 +153,12 @@ class StreamEngine:
             raise UnknownStream(f"stream_id: {request.stream_id} is not open; allowed: an opened, live stream")
         if any(other.stream_id == request.stream_id for other in earlier):
             raise InvalidInput("stream_id", f"{request.stream_id} twice in one step", "one request a stream")
+        if stream.cache_bytes > self.stream_bytes:
+            self.close(request.stream_id)
+            raise AtCapacity(
+                f"stream: its caches have {stream.cache_bytes} bytes; allowed: {self.stream_bytes} a stream, "
+                "which fastar and window attention without measure_recall never exceed"
+            )
         frames = self.shape.chunk_frames
         if len(request.actions) not in (1, frames):
             raise InvalidInput("ACTIONS", f"{len(request.actions)} elements", f"1 or {frames}")
@@ -157,34 +177,43 @@ class StreamEngine:
             return
         latents, actions = stream.pending_start
         stream.pending_start = None
-        for x0, action in zip(latents.split(self.shape.chunk_frames), actions.split(self.shape.chunk_frames), strict=True):
+        frames = self.shape.chunk_frames
+        for x0, action in zip(
+            latents.split(self.shape.chunk_frames), actions.split(self.shape.chunk_frames), strict=True
+        ):
             stream.begin_chunk()
-            self._write([stream], x0[None], action[None])
-            stream.latent_frame += self.shape.chunk_frames
+            self.write([stream], x0[None], action[None])
+            stream.latent_frame += frames
 
     def _advance(self, streams: list[Stream], actions: Tensor) -> tuple[list[Tensor], list[bool]]:
         """actions: [streams, latent frames, buttons] -> uint8 [frames, height, width, 3] each, and whether all finite."""
         for stream in streams:
             stream.begin_chunk()
+        x0 = self.sample(streams, actions)
+        self.write(streams, x0, actions)
+        return list(self.decode(x0)), x0.isfinite().flatten(1).all(1).tolist()
+
+    def sample(self, streams: list[Stream], actions: Tensor) -> Tensor:
+        """Clean latents [streams, latent frames, C, h, w] of the streams' next chunk (each after `begin_chunk`)."""
         sigmas = self.world.config.sampler.sigmas
         x0 = torch.zeros(len(streams), *self.latent_shape, device=self.device, dtype=self.dtype)
         for index, sigma in enumerate(sigmas):
             x = (1 - sigma) * x0 + sigma * self._noise(streams)
             output = self._forward(streams, x, sigma, actions, progress=index / len(sigmas), write=False)
             x0 = output if self.world.config.model.prediction == "x0" else x - sigma * output
-        if self.world.config.sampler.unit_latents:
-            x0 = unit_rms(x0, 2)
-        self._write(streams, x0, actions)
-        finite = x0.isfinite().flatten(1).all(1).tolist()
-        video = self.world.autoencoder.decode(x0.flatten(0, 1)).unflatten(0, (len(streams), -1))
-        pixels = ((video.float().clamp(-1, 1) + 1) * 127.5).round().to(torch.uint8)
-        return list(pixels.flatten(1, 2).permute(0, 1, 3, 4, 2).contiguous().cpu()), finite
+        return unit_rms(x0, 2) if self.world.config.sampler.unit_latents else x0
 
-    def _write(self, streams: list[Stream], x0: Tensor, actions: Tensor) -> None:
-        """The pass that writes the chunk into the caches, at the sampler's context noise (0: clean)."""
+    def write(self, streams: list[Stream], x0: Tensor, actions: Tensor) -> None:
+        """The pass that writes a chunk into the caches, at the sampler's context noise (0: the clean pass)."""
         level = self.world.config.sampler.context_noise
         x = (1 - level) * x0 + level * self._noise(streams) if level else x0
         self._forward(streams, x, level, actions, progress=1.0, write=True)
+
+    def decode(self, x0: Tensor) -> Tensor:
+        """Latents [streams, latent frames, C, h, w] -> uint8 [streams, frames, height, width, 3] on the CPU."""
+        video = self.world.autoencoder.decode(x0.flatten(0, 1)).unflatten(0, (len(x0), -1)).flatten(1, 2)
+        pixels = ((video.float().clamp(-1, 1) + 1) * 127.5).round().to(torch.uint8)
+        return pixels.permute(0, 1, 3, 4, 2).contiguous().cpu()
 
     def _noise(self, streams: list[Stream]) -> Tensor:
         return torch.stack([stream.draw(self.latent_shape) for stream in streams]).to(self.device, self.dtype)
@@ -225,6 +254,11 @@ class StreamEngine:
         stream.latent_frame += self.shape.chunk_frames
         stream.stepped = time.monotonic()
         return stats
+
+
+def where(error: Exception) -> str:
+    """The traceback's lines, without the exception's message."""
+    return "".join(traceback.format_tb(error.__traceback__))
 
 
 def check_prompt(prompt: str) -> None:

@@ -102,4 +102,5 @@ class Stream:
 
     @property
     def cache_bytes(self) -> int:
-        return sum(cache.nbytes for cache in self.caches)
+        """Keys, values and their bookkeeping, recall probes' history included."""
+        return sum(cache.nbytes for cache in self.caches) + sum(p.history.nbytes for p in self.probes if p is not None)

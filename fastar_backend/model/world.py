@@ -9,7 +9,7 @@ from pathlib import Path
 import numpy as np
 import torch
 from PIL import Image
-from pydantic import Field
+from pydantic import Field, model_validator
 from safetensors import SafetensorError
 from safetensors.torch import load_file
 from torch import Tensor
@@ -44,6 +44,19 @@ class WorldConfig(Config):
     starts: dict[str, Start]
     model: ModelConfig
     sampler: SamplerConfig
+
+    @model_validator(mode="after")
+    def _consistent(self) -> WorldConfig:
+        if self.model.action_dim not in (0, len(self.buttons)):
+            raise ValueError(f"model.action_dim must be 0 or the number of buttons, {len(self.buttons)}")
+        for name, start in self.starts.items():
+            if start.scenario not in self.scenarios:
+                raise ValueError(f"starts.{name}.scenario must be one of {', '.join(self.scenarios)}")
+            if not start.actions or len(start.actions) % self.sampler.latent_frames_per_chunk:
+                raise ValueError(f"starts.{name}.actions must fill whole chunks")
+            if unknown := {b for action in start.actions for b in action.split("+") if b} - set(self.buttons):
+                raise ValueError(f"starts.{name}.actions has unknown buttons {', '.join(sorted(unknown))}")
+        return self
 
     @property
     def height(self) -> int:
@@ -109,7 +122,7 @@ def load_world(name: str, device: torch.device | str, dtype: torch.dtype = torch
     """
     folder = Path(name) if "/" in name or Path(name).is_dir() else EMBEDDED / name
     if not folder.is_dir():
-        known = ", ".join(sorted(path.name for path in EMBEDDED.iterdir() if path.is_dir()))
+        known = ", ".join(sorted(path.parent.name for path in EMBEDDED.glob("*/world.json")))
         raise WeightsError(f"world: no folder {folder}; allowed: {known}, or the path of a world's folder")
     try:
         config: WorldConfig = parse(WorldConfig, json.loads((folder / "world.json").read_text()), "world.json")
@@ -153,8 +166,9 @@ def _load(module: torch.nn.Module, state: dict[str, Tensor], where: str) -> None
 def _load_start(world: World, path: Path, start: Start) -> tuple[Tensor, Tensor]:
     config = world.config
     try:
-        strip = np.asarray(Image.open(path).convert("RGB"))
-    except OSError as error:
+        with Image.open(path) as image:
+            strip = np.asarray(image.convert("RGB"))
+    except (OSError, SyntaxError, ValueError, Image.DecompressionBombError) as error:  # all of them Pillow's
         raise WeightsError(f"world: cannot read {path}: {error}") from None
     count = len(start.actions) * config.frames_per_latent
     if strip.shape != (config.height, config.width * count, 3):

@@ -1,0 +1,172 @@
+"""Speed and memory against video length: FAST-AR, a window of equal budget, and dense attention, in one run.
+
+    python benchmarks/streaming.py --frames 2880 --dense-seconds 600 --out out/streaming
+
+Each policy streams the same prompt, actions and seed through the engine (no server) in a process of its own. Dense attention
+stops at --dense-seconds. Writes streaming.json, streaming.md, streaming.png.
+"""
+
+from __future__ import annotations
+
+import json
+import platform
+import subprocess
+import sys
+import time
+from pathlib import Path
+from typing import Annotated
+
+import numpy as np
+import psutil
+import torch
+import typer
+from rich.console import Console
+from rich.progress import Progress
+
+ACTIONS = ("forward",) * 6 + ("turn_left",) * 6 + ("forward",) * 4 + ("turn_right",) * 8  # per latent frame, looped
+PROMPT = "a maze of metal rooms"
+POLICIES = {"fastar": "{}", "window": '{"kind": "window"}', "dense": '{"kind": "dense"}'}
+MARKS = (240, 480, 720, 1440, 2880)
+app = typer.Typer(add_completion=False)
+
+
+def action_of(chunk: int, latent_frames: int) -> tuple[str, ...]:
+    return tuple(ACTIONS[(chunk * latent_frames + i) % len(ACTIONS)] for i in range(latent_frames))
+
+
+@app.command(hidden=True)
+def worker(world: str, device: str, attention: str, frames: int, seconds: float, threads: int) -> None:
+    """One policy: a JSON line per chunk on stdout."""
+    from fastar_backend.config import AttentionConfig, parse
+    from fastar_backend.engine.engine import StreamEngine
+    from fastar_backend.engine.stream import ChunkRequest, StreamOptions
+
+    torch.set_num_threads(threads)
+    config = parse(AttentionConfig, json.loads(attention), "attention")
+    engine = StreamEngine.load(world, device, config)
+    engine.warm_up()
+    latent_frames = engine.shape.chunk_frames
+    process = psutil.Process()
+    engine.open(1, PROMPT, StreamOptions(seed=1, start="my_way_home"))
+    began, frame, chunk = time.monotonic(), 0, 0
+    while frame < frames and time.monotonic() - began < seconds:
+        if device == "cuda":
+            torch.cuda.synchronize()
+        start = time.perf_counter()
+        (result,) = engine.step([ChunkRequest(1, action_of(chunk, latent_frames))])
+        elapsed = time.perf_counter() - start  # frames are on the CPU: the step is over
+        frame, chunk = frame + result.stats.frames, chunk + 1
+        memory = torch.cuda.memory_allocated() if device == "cuda" else process.memory_info().rss
+        row = {"frame": frame, "seconds": elapsed, "memory": memory, "cache_bytes": result.stats.cache_bytes,
+               "density": result.stats.density, "tokens": result.stats.cache_tokens}  # fmt: skip
+        print(json.dumps(row), flush=True)
+
+
+def measure(policy: str, frames: int, seconds: float, world: str, device: str, threads: int, progress: Progress):
+    command = [sys.executable, __file__, "worker", world, device, POLICIES[policy], str(frames), str(seconds),
+               str(threads)]  # fmt: skip
+    rows, task = [], progress.add_task(policy, total=frames)
+    with subprocess.Popen(command, stdout=subprocess.PIPE, text=True) as process:
+        for line in process.stdout:
+            rows.append(json.loads(line))
+            fps = 4 * len(rows[-8:]) / sum(row["seconds"] for row in rows[-8:])
+            progress.update(task, completed=rows[-1]["frame"], description=f"{policy:7s} {fps:5.1f} FPS")
+    if process.returncode:
+        raise SystemExit(f"{policy}: the worker ended with exit code {process.returncode}")
+    return rows
+
+
+def fps_at(rows: list[dict], frame: int, width: int = 12) -> float | None:
+    """Median FPS of the chunks around `frame`; None if the run did not get there."""
+    frames = np.array([row["frame"] for row in rows])
+    if frame > frames[-1]:
+        return None
+    near = np.argsort(abs(frames - frame))[:width]
+    per_chunk = frames[1] - frames[0]
+    return float(per_chunk / np.median([rows[i]["seconds"] for i in near]))
+
+
+def flatness(rows: list[dict]) -> dict[str, float]:
+    """Last decile against the first steady decile (the tenth of the run after the cache is full), and memory growth."""
+    full = next(i for i, row in enumerate(rows) if row["tokens"] >= 0.98 * rows[-1]["tokens"])
+    tenth = max(len(rows) // 10, 1)
+    seconds = np.array([row["seconds"] for row in rows])
+    memory = np.array([row["memory"] for row in rows], dtype=float)
+    return {
+        "cache_full_at_frame": rows[full]["frame"],
+        "last_over_first_decile_fps": float(
+            np.median(seconds[full : full + tenth]) / np.median(seconds[-tenth:])
+        ),
+        "memory_growth": float(memory[full + 1 :].max() / memory[full : full + tenth].max() - 1),
+    }  # fmt: skip
+
+
+def plot(runs: dict[str, list[dict]], path: Path, dense_seconds: float) -> None:
+    import matplotlib
+
+    matplotlib.use("Agg")
+    import matplotlib.pyplot as plt
+
+    figure, (left, right) = plt.subplots(1, 2, figsize=(11, 4), layout="constrained")
+    for policy, rows in runs.items():
+        frames = [row["frame"] for row in rows]
+        seconds = np.array([row["seconds"] for row in rows])
+        smooth = np.array([np.median(seconds[max(0, i - 6) : i + 7]) for i in range(len(seconds))])
+        left.plot(frames, (frames[1] - frames[0]) / smooth, label=policy)
+        right.plot(frames, [row["memory"] / 2**20 for row in rows], label=policy)
+    left.set(xlabel="frame", ylabel="frames per second", yscale="log", title="speed")
+    right.set(xlabel="frame", ylabel="process memory (MiB)", title="memory")
+    last = runs["dense"][-1]["frame"]
+    left.annotate(f"dense stopped at frame {last}\n(limit {dense_seconds:.0f} s)", (last, 1.1), fontsize=8)
+    left.legend()
+    figure.savefig(path, dpi=120)
+
+
+@app.command()
+def run(
+    frames: int = 2880,
+    dense_seconds: float = 600.0,
+    world: str = "doom",
+    device: str = "cpu",
+    threads: int = 2,
+    out: Annotated[Path, typer.Option()] = Path("out/streaming"),
+) -> None:
+    out.mkdir(parents=True, exist_ok=True)
+    with Progress(console=Console(stderr=True)) as progress:
+        runs = {
+            policy: measure(
+                policy, frames, dense_seconds if policy == "dense" else 1e9, world, device, threads, progress
+            )
+            for policy in POLICIES
+        }
+    marks = [mark for mark in MARKS if mark <= frames]
+    last_dense = runs["dense"][-1]["frame"]
+    if last_dense < frames:
+        marks = sorted({*marks, last_dense - 24})
+    lines = ["| frame | FAST-AR FPS | window FPS | dense FPS | FAST-AR / dense |", "|---|---|---|---|---|"]
+    table = []
+    for mark in marks:
+        row = {policy: fps_at(rows, mark) for policy, rows in runs.items()}
+        ratio = row["fastar"] / row["dense"] if row["fastar"] and row["dense"] else None
+        table.append({"frame": mark, **row, "ratio": ratio})
+        cells = [f"{value:.2f}" if value else "not reached" for value in (*row.values(), ratio)]
+        lines.append(f"| {mark} | " + " | ".join(cells) + " |")
+    flat = {policy: flatness(runs[policy]) for policy in ("fastar", "window")}
+    machine = {"cpu": platform.processor() or platform.machine(), "cores": psutil.cpu_count(), "threads": threads,
+               "torch": torch.__version__, "python": platform.python_version()}  # fmt: skip
+    if device == "cuda":
+        machine["gpu"] = torch.cuda.get_device_name()
+    lines += ["", "| | last / first steady decile FPS | memory growth after the cache is full |", "|---|---|---|"]
+    lines += [
+        f"| {name} | {f['last_over_first_decile_fps']:.3f} | {f['memory_growth']:+.1%} |" for name, f in flat.items()
+    ]
+    lines += ["", f"density at the last frame: {runs['fastar'][-1]['density']:.2%}; machine: {machine}"]
+    (out / "streaming.md").write_text("\n".join(lines) + "\n")
+    report = {"machine": machine, "table": table, "flatness": flat, "runs": runs}
+    (out / "streaming.json").write_text(json.dumps(report) + "\n")
+    plot(runs, out / "streaming.png", dense_seconds)
+    print("\n".join(lines))
+
+
+if __name__ == "__main__":
+    app() if sys.argv[1:2] == ["worker"] else app(["run", *sys.argv[1:]])

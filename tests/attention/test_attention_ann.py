@@ -1,0 +1,208 @@
+"""Nearest neighbours, AnnSA's selection and AnnCA's text tokens."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from random_streams import distance, drive, shape_of, tokens
+
+from fastar_backend.attention import TextCache, ann, ann_sa
+from fastar_backend.attention.cache import attention
+from fastar_backend.config import AttentionConfig
+
+
+def near_duplicates(heads: int = 3, keys: int = 63, dim: int = 22) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    """Probes, keys, and which key each probe is a noisy copy of."""
+    torch.manual_seed(0)
+    stored = torch.randn(heads, keys, dim)
+    truth = torch.randint(0, keys, (heads, 15))
+    probes = torch.stack([stored[head, truth[head]] for head in range(heads)])
+    return probes + 0.02 * torch.randn_like(probes), stored, truth
+
+
+@pytest.mark.parametrize(
+    ("index", "agreement"), [({"index": "exact"}, 1.0), ({"index": "quantised"}, 1.0), ({"index": "lsh"}, 0.9)]
+)
+def test_top1_finds_near_duplicates(index, agreement):
+    probes, keys, truth = near_duplicates()
+    found = ann.top1(probes, keys, torch.ones(3, 63, dtype=torch.bool), AttentionConfig(**index))
+    assert (found == truth).float().mean() >= agreement
+    assert ((found == truth) | (found == -1) | (index["index"] != "exact")).all()
+
+
+def test_lsh_scores_its_candidates_exactly():
+    """Of a bucket that holds everything LSH picks the best, as far as it looks (16 keys)."""
+    torch.manual_seed(1)
+    keys, probes = torch.randn(3, 15, 10), torch.randn(3, 7, 10)
+    valid = torch.ones(3, 15, dtype=torch.bool)
+    one_bucket = keys.abs() + 5, probes.abs() + 5
+    lsh = ann.top1(one_bucket[1], one_bucket[0], valid, AttentionConfig(index="lsh", index_bits=1, index_tables=8))
+    exact = ann.top1(one_bucket[1], one_bucket[0], valid, AttentionConfig(index="exact"))
+    assert lsh.equal(exact)
+
+
+def test_quantised_top1_on_unrelated_keys():
+    torch.manual_seed(2)
+    probes, keys, valid = torch.randn(4, 250, 22), torch.randn(4, 250, 22), torch.ones(4, 250, dtype=torch.bool)
+    exact = ann.top1(probes, keys, valid, AttentionConfig(index="exact"))
+    assert (ann.top1(probes, keys, valid, AttentionConfig(index="quantised")) == exact).float().mean() > 0.97
+
+
+@pytest.mark.parametrize("index", ["exact", "quantised", "lsh"])
+def test_top1_never_finds_invalid_keys(index):
+    probes, keys, truth = near_duplicates()
+    config = AttentionConfig(index=index)
+    nothing = torch.zeros(3, 63, dtype=torch.bool)
+    assert ann.top1(probes, keys, nothing, config).eq(-1).all()
+    some = torch.rand(3, 63) < 0.5
+    keys[~some] = torch.nan
+    found = ann.top1(probes, keys, some, config)
+    assert some.gather(1, found.clamp(min=0))[found >= 0].all()
+    right = some.gather(1, truth)
+    assert (found == truth)[right].float().mean() >= 0.9
+
+
+def test_quantise_keeps_a_row_within_half_a_level():
+    x = torch.randn(3, 15, 10, generator=torch.Generator().manual_seed(3)) * torch.tensor([1e-3, 1, 1e3])[:, None, None]
+    x[0, 0] = 0
+    error = (ann.quantise(x) - x).abs()
+    assert (error <= x.abs().amax(-1, keepdim=True) / 254 * 1.001).all()
+    assert (ann.quantise(x) / (x.abs().amax(-1, keepdim=True) / 127).clamp(min=1e-12)).round().abs().max() <= 127
+
+
+def test_signatures_are_the_same_for_queries_and_keys_of_every_run():
+    x = torch.ones(1, 10)
+    assert ann.signatures(x, 2, 8).tolist() == ann.signatures(3 * x, 2, 8).tolist()
+    assert ann.planes(10, 2, 8, x.device).equal(torch.randn(10, 16, generator=torch.Generator().manual_seed(20602))), (
+        "the planes are part of what makes a stream repeatable"
+    )
+
+
+def clusters(shape):
+    """Queries and cached keys of well separated clusters, and which cluster each is of."""
+    torch.manual_seed(4)
+    centres = 6 * torch.eye(shape.head_dim)[:4]
+    of_query = torch.arange(16).remainder(4)
+    of_key = torch.arange(64).remainder(4)
+    query = centres[of_query] + 0.01 * torch.randn(shape.heads, 16, shape.head_dim)
+    keys = centres[of_key] + 0.01 * torch.randn(shape.heads, 64, shape.head_dim)
+    return query, keys, of_query, of_key
+
+
+@pytest.mark.parametrize("index", ["exact", "quantised"])
+def test_sparse_selection_takes_the_best_keys(index):
+    """Four clusters, four blocks, a quarter of the keys: each block takes its own cluster; nearly nothing is lost."""
+    shape = shape_of()
+    config = AttentionConfig(index=index, sparse_density=0.25, sparse_block=4)
+    query, keys, of_query, of_key = clusters(shape)
+    selection = ann_sa.select(query, keys, None, config)
+    assert selection.blocks == 4
+    assert selection.keys_per_block == 16
+    for head in range(shape.heads):
+        for block in range(4):
+            mine = of_query[selection.order[head, block * 4 : block * 4 + 4]].unique()
+            taken = of_key[selection.keys[head, block]]
+            assert len(mine) == 1, "queries of like content share a block"
+            assert (taken == mine).all()
+    own = torch.randn(2, shape.heads, 16, shape.head_dim)
+    values = torch.randn(shape.heads, 64, shape.head_dim)
+    everything = torch.cat([keys, 0.1 * own[0]], 1), torch.cat([values, own[1]], 1)
+    sparse = ann_sa.attend(query, *everything, None, selection)
+    assert distance(sparse, attention(query, *everything, None)) < 0.01
+
+
+def test_sparse_selection_by_shared_buckets():
+    shape = shape_of()
+    config = AttentionConfig(index="lsh", index_bits=8, index_tables=8, sparse_density=0.25, sparse_block=4)
+    query, keys, of_query, of_key = clusters(shape)
+    selection = ann_sa.select(query, keys, None, config)
+    right = [
+        (of_key[selection.keys[head, block]] == of_query[selection.order[head, block * 4]]).float().mean()
+        for head in range(shape.heads)
+        for block in range(4)
+    ]
+    assert sum(right) / len(right) > 0.9
+
+
+@pytest.mark.parametrize("index", ["exact", "quantised", "lsh"])
+@pytest.mark.parametrize("counted", [False, True])
+def test_sparse_attention_at_full_density_is_dense(index, counted):
+    torch.manual_seed(5)
+    q, k, v = torch.randn(3, 15, 10), torch.randn(3, 36, 10), torch.randn(3, 36, 10)
+    bias = torch.randint(1, 5, (3, 36)).float().log() if counted else None
+    config = AttentionConfig(index=index, sparse_density=1.0, sparse_block=5)
+    selection = ann_sa.select(q, k[:, :21], None if bias is None else bias[:, :21], config)
+    assert distance(ann_sa.attend(q, k, v, bias, selection), attention(q, k, v, bias)) < 1e-6
+
+
+@pytest.mark.parametrize("index", ["exact", "quantised", "lsh"])
+def test_sparse_selection_leaves_empty_slots_out(index):
+    torch.manual_seed(6)
+    query, keys, bias = torch.randn(3, 14, 10), torch.randn(3, 20, 10), torch.zeros(3, 20)
+    bias[:, ::2] = -torch.inf
+    config = AttentionConfig(index=index, sparse_density=0.5, sparse_block=7)
+    assert (ann_sa.select(query, keys, bias, config).keys % 2 == 1).all()
+
+
+def test_sparse_attention_starts_after_the_dense_steps():
+    shape = shape_of()
+    qkv = tokens(shape, 10, seed=7, change=0.3)
+    dense = drive(shape, AttentionConfig(budget_frames=8, recent_frames=4), qkv)
+    late = drive(shape, AttentionConfig(budget_frames=8, recent_frames=4, sparse_density=0.3, dense_steps=0.3), qkv)
+    for chunk in range(1, 5):
+        assert late.outputs[chunk][0].equal(dense.outputs[chunk][0])
+        assert not late.outputs[chunk][1].equal(dense.outputs[chunk][1])
+        assert late.density[chunk] < dense.density[chunk]
+
+
+def padded_prompt(words: int, length: int = 63, heads: int = 3, dim: int = 10):
+    """text [length, 4] with `words` words and zeros behind, and the keys and values of a projection with an offset."""
+    torch.manual_seed(8)
+    text = torch.zeros(length, 4)
+    text[:words] = torch.randn(words, 4)
+    weight = torch.randn(2, 4, heads * dim, dtype=torch.float64)
+    key, value = (((text.double() @ w) + 1).unflatten(-1, (heads, dim)) for w in weight)
+    return text, key, value
+
+
+@pytest.mark.parametrize("words", [0, 1, 7, 62, 63])
+def test_folded_prompt_is_the_padded_prompt(words):
+    text, key, value = padded_prompt(words)
+    if words > 3:
+        text[3], key[3], value[3] = text[1], key[1], value[1]  # a word said twice
+    query = torch.randn(3, 15, 10, dtype=torch.float64)
+    whole = TextCache(key, value, text, AttentionConfig(kind="dense"))
+    folded = TextCache(key, value, text, AttentionConfig(select_text=False))
+    assert whole.keys.shape[1] == 63
+    assert folded.keys.shape[1] == len(text.unique(dim=0))
+    assert distance(folded.attend(query), whole.attend(query)) < 1e-6
+
+
+def test_text_selection_keeps_what_queries_are_near():
+    text, key, value = padded_prompt(7)
+    cache = TextCache(key, value, text, AttentionConfig(index_bits=12, index_tables=2))
+    query = cache.keys[:, [2]] * 3  # near exactly one group
+    keep = cache.near(query)
+    assert keep[:, 2].all()
+    cache.attend(query)
+    assert cache.kept == pytest.approx(keep.sum(1).float().mean().item())
+    assert cache.kept < 8
+
+
+def test_no_neighbour_at_all_keeps_the_padding():
+    """An empty set has no softmax: the padding's group stays, so the output is the padding's value."""
+    text, key, value = padded_prompt(7)
+    cache = TextCache(key, value, text, AttentionConfig(index_bits=16, index_tables=1))
+    query = next(q for q in torch.randn(200, 3, 5, 10, dtype=torch.float64) if (cache.near(q).sum(1) == 1).all())
+    out = cache.attend(query)
+    torch.testing.assert_close(out, value[-1][:, None].expand_as(out))
+    assert cache.kept == 1
+
+
+def test_text_selection_with_every_bucket_shared_is_exact():
+    text, key, value = padded_prompt(7)
+    cache = TextCache(key, value, text, AttentionConfig(index_bits=1, index_tables=32))
+    query = torch.randn(3, 63, 10, dtype=torch.float64)
+    whole = TextCache(key, value, text, AttentionConfig(kind="window"))
+    assert distance(cache.attend(query), whole.attend(query)) < 1e-6
+    assert cache.kept == 8

@@ -1,0 +1,40 @@
+"""Shared fixtures: a world with random weights, and the embedded one."""
+
+from __future__ import annotations
+
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+
+sys.path.insert(0, str(Path(__file__).parents[1]))  # for `training`, which is not installed
+
+import random_world
+
+from fastar_backend.model.world import World, load_world
+
+EMBEDDED_WORLD = "doom"
+
+
+@pytest.fixture(scope="session", autouse=True)
+def _one_thread():
+    """Tiny tensors: threads only wait for each other, for long where the cores are shared."""
+    torch.set_num_threads(1)
+
+
+@pytest.fixture(scope="session")
+def tiny_world(tmp_path_factory) -> Path:
+    """Folder of a world with random weights; read-only."""
+    return random_world.write(tmp_path_factory.mktemp("world") / "random")
+
+
+@pytest.fixture(scope="session")
+def world(tiny_world) -> World:
+    return load_world(str(tiny_world), "cpu")
+
+
+@pytest.fixture(scope="session")
+def doom_world() -> World:
+    """The embedded world; it ships with the package, so its absence is a failure, not a skip."""
+    return load_world(EMBEDDED_WORLD, "cpu")

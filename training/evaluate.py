@@ -1,0 +1,207 @@
+"""Evaluates a world against the game it learned: PSNR by history length, memory of places, long rollouts.
+
+    python -m training.evaluate --world fastar_backend/worlds/doom --out out/evaluation [--part history|revisit|rollout]
+
+history: the next chunk predicted after true frames, for histories of several lengths, against the true frames.
+revisit: the player spins two full turns, or looks away and back; the second view of a place is predicted with the whole
+history and with a window that no longer holds the first view.
+rollout: 2880 frames per scenario with the default attention; a contact sheet.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+from pathlib import Path
+
+import numpy as np
+import torch
+from PIL import Image, ImageDraw
+from torch import Tensor
+
+from fastar_backend.config import AttentionConfig
+from fastar_backend.engine.engine import StreamEngine
+from fastar_backend.engine.stream import ChunkRequest, Stream, StreamOptions
+from training.autoencoder import to_video
+from training.collect import SCENARIOS, Game, behaviour, vector
+
+HELD_OUT = 70001  # game seeds that training never used
+ROLLOUT_MARKS = (0, 100, 500, 1000, 2000, 2876)
+
+
+def play(scenario: str, actions: list[str], seed: int) -> tuple[np.ndarray, int]:
+    """Frames [n, 2, H, W, 3] of the game under `actions`, and how many actions it lived through."""
+    game, frames = Game(scenario, seed), []
+    for action in actions:
+        pair = game.step(vector(action))
+        if pair is None:
+            break
+        frames.append(np.stack(pair))
+    game.close()
+    return np.stack(frames), len(frames)
+
+
+def psnr(a: np.ndarray, b: np.ndarray) -> float:
+    return float(10 * np.log10(255**2 / max(np.square(a.astype(float) - b).mean(), 1e-9)))
+
+
+def predictions(engine: StreamEngine, policies: dict[str, AttentionConfig], prompt: str, frames: np.ndarray,
+                actions: list[str], wanted: set[int]) -> list[dict]:  # fmt: skip
+    """Each policy's PSNR at each chunk in `wanted`, every chunk before it being the true one."""
+    size = engine.shape.chunk_frames
+    with torch.inference_mode():
+        latents = engine.world.autoencoder.encode(to_video(torch.from_numpy(frames)).to(engine.dtype))
+        moves = torch.stack([engine.world.action_vector(action, "actions") for action in actions])
+        streams = {
+            name: Stream(engine.world, engine.shape, prompt, StreamOptions(seed=5, start="nothing"), policy)
+            for name, policy in policies.items()
+        }
+        rows = []
+        for chunk in range(len(latents) // size):
+            part = slice(chunk * size, (chunk + 1) * size)
+            x0, move = latents[None, part], moves[None, part]
+            truth = frames[part].reshape(-1, *frames.shape[2:])
+            for name, stream in streams.items():
+                stream.begin_chunk()
+                if chunk in wanted:
+                    predicted = engine.decode(engine.sample([stream], move))[0].numpy()
+                    rows.append({"policy": name, "chunk": chunk, "psnr": psnr(predicted, truth)})
+                engine.write([stream], x0, move)
+                stream.latent_frame += size
+    return rows
+
+
+def by(rows: list[dict], key) -> dict:
+    groups: dict = {}
+    for row in rows:
+        groups.setdefault(key(row), []).append(row["psnr"])
+    return {k: (float(np.mean(v)), float(np.std(v) / len(v) ** 0.5), len(v)) for k, v in groups.items()}
+
+
+def history(engine: StreamEngine, out: Path, runs: int, latent_frames: int) -> None:
+    """The same chunks (late in long true videos), seen through windows of several lengths and the whole history."""
+    windows = [w for w in (2, 4, 8, 16, 32, 64, 128) if w < latent_frames - 8]
+    policies = {str(w): AttentionConfig(kind="window", budget_frames=w) for w in windows}
+    policies["all"] = AttentionConfig(kind="dense")
+    policies["fastar"] = AttentionConfig()
+    chunks = latent_frames // engine.shape.chunk_frames
+    wanted = set(range(chunks - 8, chunks))
+    rows = []
+    for index, scenario in enumerate(SCENARIOS):
+        for run in range(runs):
+            rng = np.random.default_rng(run)
+            moves = [move for move, _ in zip(behaviour(scenario, rng), range(latent_frames), strict=False)]
+            frames, lived = play(scenario.name, moves, HELD_OUT + 100 * index + run)
+            if lived < latent_frames:
+                continue
+            prompt = engine.world.config.scenarios[scenario.name].prompt
+            found = predictions(engine, policies, prompt, frames, moves, wanted)
+            rows += [{**row, "scenario": scenario.name} for row in found]
+            print(
+                scenario.name, run, {k: round(v[0], 2) for k, v in by(found, lambda r: r["policy"]).items()}, flush=True
+            )
+    save(out / "history.json", rows)
+    means = by(rows, lambda r: r["policy"])
+    import matplotlib
+
+    matplotlib.use("Agg")
+    import matplotlib.pyplot as plt
+
+    figure, axis = plt.subplots(figsize=(6, 4), layout="constrained")
+    names = [*map(str, windows), "all"]
+    places = [2 * w for w in windows] + [2 * (latent_frames - 8)]
+    axis.errorbar(places, [means[n][0] for n in names], [means[n][1] for n in names], marker="o", label="whole window")
+    axis.axhline(means["fastar"][0], color="C1", label=f"FAST-AR, {policies['fastar'].budget_frames} latent frames")
+    axis.set(xscale="log", xlabel="history (video frames)", ylabel="PSNR against the true next 4 frames (dB)")
+    axis.legend()
+    figure.savefig(out / "history.png", dpi=120)
+
+
+def revisit(engine: StreamEngine, out: Path, runs: int) -> None:
+    """Second views of a place, after it has left the window."""
+    budget = AttentionConfig().budget_frames
+    policies = {
+        "dense": AttentionConfig(kind="dense"),
+        "window": AttentionConfig(kind="window", budget_frames=budget),
+        "fastar": AttentionConfig(),
+    }
+    rows = []
+    for index, name in enumerate(("my_way_home", "defend_the_center", "health_gathering", "basic")):
+        for run in range(runs):
+            rng = np.random.default_rng(run)
+            wander = ["forward"] * int(rng.integers(0, 8)) + ["turn_right"] * int(rng.integers(0, 12))
+            tests = {
+                "turn": wander + ["turn_left"] * 56,
+                "away and back": wander + ["turn_left"] * 16 + ["turn_right"] * 20,
+            }
+            for test, moves in tests.items():
+                frames, lived = play(name, moves, HELD_OUT + 1000 + 100 * index + run)
+                if lived < len(moves):
+                    continue
+                # the second turn, or the way back past what the window still holds
+                since = len(wander) + (30 if test == "turn" else 16 + budget)
+                wanted = {c for c in range(len(moves) // 2) if since <= 2 * c and 2 * c + 2 <= len(moves)}
+                prompt = engine.world.config.scenarios[name].prompt
+                found = predictions(engine, policies, prompt, frames, moves, wanted)
+                rows += [{**row, "scenario": name, "test": test} for row in found]
+        print(name, {k: round(v[0], 2) for k, v in by(rows, lambda r: (r["scenario"], r["test"], r["policy"])).items()
+                     if k[0] == name}, flush=True)  # fmt: skip
+    save(out / "revisit.json", rows)
+    print({k: tuple(round(x, 2) for x in v) for k, v in by(rows, lambda r: (r["test"], r["policy"])).items()})
+
+
+def rollout(engine: StreamEngine, out: Path, frames: int) -> None:
+    """All scenarios side by side in one batch, 2880 frames; frames at the marks."""
+    names = [scenario.name for scenario in SCENARIOS]
+    moves = {s.name: behaviour(s, np.random.default_rng(3)) for s in SCENARIOS}
+    for index, name in enumerate(names):
+        engine.open(index, engine.world.config.scenarios[name].prompt, StreamOptions(seed=11, start=name))
+    kept: dict[str, list[Tensor]] = {name: [] for name in names}
+    size, chunk_frames = engine.shape.chunk_frames, engine.world.config.chunk_frames
+    for chunk in range(frames // chunk_frames):
+        requests = [ChunkRequest(i, tuple(next(moves[name]) for _ in range(size))) for i, name in enumerate(names)]
+        first = chunk * chunk_frames
+        for name, result in zip(names, engine.step(requests), strict=True):
+            kept[name] += [result.frames[m - first] for m in ROLLOUT_MARKS if first <= m < first + chunk_frames]
+        if chunk % 60 == 0:
+            print(f"rollout: frame {first}", flush=True)
+    height, width = kept[names[0]][0].shape[:2]
+    sheet = Image.new("RGB", (120 + len(ROLLOUT_MARKS) * (2 * width + 4), 20 + len(names) * (2 * height + 4)), "white")
+    draw = ImageDraw.Draw(sheet)
+    for column, mark in enumerate(ROLLOUT_MARKS):
+        draw.text((124 + column * (2 * width + 4), 4), f"frame {mark}", fill="black")
+    for row, name in enumerate(names):
+        draw.text((4, 20 + row * (2 * height + 4) + height), name, fill="black")
+        for column, frame in enumerate(kept[name]):
+            picture = Image.fromarray(np.asarray(frame)).resize((2 * width, 2 * height), Image.Resampling.NEAREST)
+            sheet.paste(picture, (120 + column * (2 * width + 4), 20 + row * (2 * height + 4)))
+    sheet.save(out / "rollout.png", optimize=True)
+
+
+def save(path: Path, rows: list[dict]) -> None:
+    path.write_text("[\n" + ",\n".join(json.dumps(row) for row in rows) + "\n]\n")
+
+
+def main() -> None:
+    cli = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    cli.add_argument("--world", default="doom")
+    cli.add_argument("--out", type=Path, default=Path("out/evaluation"))
+    cli.add_argument("--part", choices=("history", "revisit", "rollout"), action="append")
+    cli.add_argument("--runs", type=int, default=3)
+    cli.add_argument("--latent-frames", type=int, default=160, help="of the history test")
+    cli.add_argument("--frames", type=int, default=2880, help="of the rollouts")
+    cli.add_argument("--device", default="cpu")
+    args = cli.parse_args()
+    args.out.mkdir(parents=True, exist_ok=True)
+    engine = StreamEngine.load(args.world, args.device, max_streams=len(SCENARIOS))
+    for part in args.part or ("history", "revisit", "rollout"):
+        if part == "history":
+            history(engine, args.out, args.runs, args.latent_frames)
+        elif part == "revisit":
+            revisit(engine, args.out, args.runs)
+        else:
+            rollout(engine, args.out, args.frames)
+
+
+if __name__ == "__main__":
+    main()
