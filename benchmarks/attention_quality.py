@@ -2,11 +2,10 @@
 
     python -m benchmarks.attention_quality --out out/attention_quality
 
-True frames of the game fill every cache (so all policies see one history); now and then the next chunk is sampled with the same
-noise under each policy. PSNR is of the decoded chunk against the one under dense attention, and against the game's
-true frames; recall and density as the engine reports them (fastar_backend/attention/recall.py). A window of equal
-budget stands beside.
-"""
+True frames of the game fill every cache (so all policies see one history); now and then the next chunk is sampled
+with the same noise under each policy. PSNR is of the decoded chunk against the one under dense attention, and against
+the game's true frames; recall and density as the engine reports them (fastar_backend/attention/recall.py). A window
+of equal budget stands beside."""
 
 from __future__ import annotations
 
@@ -24,8 +23,6 @@ from fastar_backend.engine.stream import Stream, StreamOptions
 from training.autoencoder import to_video
 from training.collect import SCENARIOS, behaviour
 from training.evaluate import HELD_OUT, play, psnr
-
-PAPER = AttentionConfig(recent_frames=2, match="query", weight="count", merge_threshold=0.9)
 
 
 def policies(budget: int, recent: int) -> dict[str, AttentionConfig]:
@@ -47,13 +44,14 @@ def policies(budget: int, recent: int) -> dict[str, AttentionConfig]:
         "newest 2 whole": AttentionConfig(budget_frames=budget, recent_frames=2),
         "newest 2 whole, effective": AttentionConfig(budget_frames=budget, recent_frames=2, weight="effective"),
         "newest 8 whole": AttentionConfig(budget_frames=budget, recent_frames=8),
-        "paper's recipe, same budget": PAPER.model_copy(update={"budget_frames": budget}),
+        "paper's recipe, same budget": AttentionConfig.paper_recipe(budget, 2),
+        "paper's TempCache alone": AttentionConfig(budget_frames=budget, recent_frames=2, match="query"),
         "budget 8": AttentionConfig(budget_frames=8, recent_frames=min(recent, 6)),
         "budget 16": AttentionConfig(budget_frames=16, recent_frames=recent),
         "AnnSA 50 %": AttentionConfig(**base, sparse_density=0.5),
         "AnnSA 50 %, LSH": AttentionConfig(**base, sparse_density=0.5, index="lsh"),
         "AnnSA 25 %": AttentionConfig(**base, sparse_density=0.25),
-        "no AnnCA": AttentionConfig(**base, select_text=False),
+        "AnnCA": AttentionConfig(**base, select_text=True),
     }
 
 
@@ -77,7 +75,12 @@ def main(
     for name, policy in chosen.items():
         got = {"psnr_dense": [], "psnr_truth": [], "recall": [], "density": [], "text": []}
         for index, scenario in enumerate(SCENARIOS[:scenarios]):
-            moves = [m for m, _ in zip(behaviour(scenario, np.random.default_rng(40 + index)), range(latent_frames))]
+            moves = [
+                m
+                for m, _ in zip(
+                    behaviour(scenario, np.random.default_rng(40 + index)), range(latent_frames), strict=False
+                )
+            ]
             frames, lived = play(scenario.name, moves, HELD_OUT + 5000 + index)
             lived -= lived % size
             latents = world.autoencoder.encode(to_video(torch.from_numpy(frames[:lived])))[None]
@@ -107,11 +110,10 @@ def main(
         "| policy | density % | recall % | PSNR vs dense | PSNR vs truth | prompt tokens |",
         "|---|---|---|---|---|---|",
     ]
-    lines += [
-        f"| {r['policy']} | {100 * r['density']:.1f} | {100 * r['recall']:.1f} | "
-        f"{'-' if r['policy'] == 'dense' else format(r['psnr_dense'], '.1f')} | {r['psnr_truth']:.2f} | {r['text']:.1f} |"
-        for r in rows
-    ]
+    for row in rows:
+        beside_dense = "-" if row["policy"] == "dense" else f"{row['psnr_dense']:.1f}"
+        shares = f"{100 * row['density']:.1f} | {100 * row['recall']:.1f}"
+        lines.append(f"| {row['policy']} | {shares} | {beside_dense} | {row['psnr_truth']:.2f} | {row['text']:.1f} |")
     (out / "attention_quality.md").write_text("\n".join(lines) + "\n")
     (out / "attention_quality.json").write_text(json.dumps(rows, indent=1) + "\n")
 

@@ -1,8 +1,8 @@
 """`make demo`: a live world streamed from a real Triton server, FAST-AR beside dense attention.
 
-Starts the server, streams FRAMES frames with FAST-AR through gRPC (the prompt and the actions change on the way), then the
-same stream with dense attention until a time limit, and writes video.mp4, contact.png, fps_and_memory.png, report.md.
-"""
+Starts the server, streams FRAMES frames with FAST-AR through gRPC (the prompt and the actions change on the way),
+then the same stream with dense attention until a time limit, and writes video.mp4, contact.png, fps_and_memory.png,
+report.md."""
 
 from __future__ import annotations
 
@@ -123,8 +123,8 @@ def report(runs: dict, frames: int, limit: float) -> str:
         [
             "# A live world from Triton",
             "",
-            f"{metrics['frames']} frames with FAST-AR, {dense[0].metrics()['frames']} with dense attention in {limit:.0f} s; "
-            f"same seed, prompts and actions; {platform.machine()}, {psutil.cpu_count()} cores, Python "
+            f"{metrics['frames']} frames with FAST-AR, {dense[0].metrics()['frames']} with dense attention (stopped at "
+            f"{limit:.0f} s); same seed, prompts and actions; {platform.machine()}, {psutil.cpu_count()} cores, Python "
             f"{platform.python_version()}.",
             "",
             f"- first frame at the client: {metrics['time_to_first_frame_seconds']:.2f} s",
@@ -156,9 +156,8 @@ def main(
     settings = ServeSettings(http_port=0, grpc_port=0, metrics_port=0, attention=AttentionConfig(), max_streams=4)
     with Server(settings) as server, connect_blocking(server.grpc_url) as connection:
         world = connection.world()
-        say(
-            f"      ready at {server.grpc_url}: world {world.name}, {world.width}x{world.height}, buttons {world.buttons}"
-        )
+        buttons = ", ".join(world.buttons)
+        say(f"      ready at {server.grpc_url}: world {world.name}, {world.width}x{world.height}, buttons {buttons}")
         say(f"[bold]2/4[/] FAST-AR: {frames} frames; the prompt changes every {max(frames // len(SCENES), 1)} frames")
         scenarios = dict(world.scenarios)
         runs = {

@@ -2,9 +2,8 @@
 
     python benchmarks/streaming.py --frames 2880 --dense-seconds 600 --out out/streaming
 
-Each policy streams the same prompt, actions and seed through the engine (no server) in a process of its own. Dense attention
-stops at --dense-seconds. Writes streaming.json, streaming.md, streaming.png.
-"""
+Each policy streams the same prompt, actions and seed through the engine (no server) in a process of its own. Dense
+attention stops at --dense-seconds. Writes streaming.json, streaming.md, streaming.png."""
 
 from __future__ import annotations
 

@@ -50,8 +50,8 @@ class ModelConfig(Config):
 
     @model_validator(mode="after")
     def _divisible(self) -> ModelConfig:
-        if self.dim % self.heads or self.head_dim % 2:
-            raise ValueError("dim must be a multiple of heads, and the head dimension even")
+        if self.dim % self.heads or self.head_dim % 2 or self.head_dim < 6:
+            raise ValueError("dim must be a multiple of heads, and the head dimension even and at least 6")
         if self.patch[0] != 1 or self.latent_height % self.patch[1] or self.latent_width % self.patch[2]:
             raise ValueError("patch must be (1, h, w) with h and w dividing the latent height and width")
         return self
@@ -92,7 +92,8 @@ class SamplerConfig(Config):
 
 
 class AttentionConfig(Config):
-    """What a query may attend to. `PAPER` below is the published recipe; the defaults are what measured best."""
+    """What a query may attend to. The defaults are what measured best on the embedded world (docs/decisions.md);
+    `paper_recipe` is the published one."""
 
     kind: Literal["dense", "window", "fastar"] = "fastar"
     # Hard cap of cached tokens per stream, layer and head, in latent frames' worth of tokens (window and fastar).
@@ -111,8 +112,18 @@ class AttentionConfig(Config):
     sparse_density: float = Field(1.0, gt=0, le=1)
     sparse_block: int = Field(48, ge=1, le=4096)  # queries that share one selection
     dense_steps: float = Field(0.3, ge=0, le=1)  # first share of the denoising steps that stays dense
-    # AnnCA
-    select_text: bool = True
+    # AnnCA: the bucket test. Off: equal prompt tokens are folded all the same, which is exact.
+    select_text: bool = False
+
+    @classmethod
+    def paper_recipe(cls, budget_frames: int, chunk_frames: int) -> AttentionConfig:
+        """Section on TempCache: the last chunk whole, correspondence by the queries, cosine threshold .9, the last
+        key as representative, log-count bias; AnnSA at the paper's density of 28 % after 30 % of the steps; AnnCA.
+        The hard budget is ours: the paper has none."""
+        return cls(
+            budget_frames=budget_frames, recent_frames=chunk_frames, merge_threshold=0.9, representative="last",
+            weight="count", match="query", index="quantised", sparse_density=0.28, dense_steps=0.3, select_text=True,
+        )  # fmt: skip
 
     @model_validator(mode="after")
     def _budget(self) -> AttentionConfig:

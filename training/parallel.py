@@ -2,10 +2,9 @@
 
 The sequence is [clean frames | noisy frames]; noisy chunk i sees the clean chunks before it and itself, clean chunk i
 sees clean chunks up to itself: exactly what the cached sampler computes chunk by chunk (tests compare the two).
-Temporal distance is counted from the query's chunk and clamped (`rope_max_distance`), which rotary positions alone cannot
-express; so each key stands there twice, once with its own position for near queries and once with none for far ones, the
-query carrying both rotations in separate head dimensions.
-"""
+Temporal distance is counted from the query's chunk and clamped (`rope_max_distance`), which rotary positions alone
+cannot express; so each key stands there twice, once with its own position for near queries and once with none for far
+ones, the query carrying both rotations in separate head dimensions."""
 
 from __future__ import annotations
 
@@ -90,7 +89,8 @@ class WholeSequence:
         return F.scaled_dot_product_attention(q, k, v, self.mask, scale=scale).transpose(1, 2)
 
     def prompts(self, keys_values: list[tuple[Tensor, Tensor]], which: Tensor) -> list[Prompts]:
-        """keys_values per layer: [B, prompts * text_tokens, heads, D]; which: [B, frames], the prompt each frame sees."""
+        """keys_values per layer: [B, prompts * text_tokens, heads, D]; which: [B, frames], the prompt each frame
+        sees."""
         count = keys_values[0][0].shape[1] // self.config.text_tokens
         of_query = which.repeat_interleave(self.config.frame_tokens, dim=1).repeat(1, 2)
         of_key = torch.arange(count, device=which.device).repeat_interleave(self.config.text_tokens)

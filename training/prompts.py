@@ -35,7 +35,8 @@ PHRASES: dict[str, tuple[str, ...]] = {
     ),
     "defend_the_center": (
         "defend the center of the arena",
-        "stand in the center of a round arena with grey tiles and brown walls while pink monsters close in from all sides",
+        "stand in the center of a round arena with grey tiles and brown walls while pink monsters close in from all "
+        "sides",
         "a circular arena under a dark sky, pink demons and marines attack, turn and shoot them with the pistol",
         "defend the centre, a wide round room, monsters come closer and explode in red",
         "turning around in the middle of a circular arena full of monsters",

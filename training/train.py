@@ -100,7 +100,8 @@ class PromptTable:
         self.tokens = self.tokens.to(device)
 
     def __call__(self, text: HashedWords, scenario: Tensor) -> Tensor:
-        """[B] -> [B, text_tokens, text_dim]; a word in twenty is replaced by a random one, a prompt in twenty is empty."""
+        """[B] -> [B, text_tokens, text_dim]; a word in twenty is replaced by a random one, a prompt in twenty is
+        empty."""
         picked = torch.randint(PROMPTS_EACH, scenario.shape, device=scenario.device)
         tokens = self.tokens[scenario, picked]
         noise = torch.randint_like(tokens, 1, text.table.num_embeddings)

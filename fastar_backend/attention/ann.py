@@ -1,4 +1,5 @@
-"""Approximate nearest neighbours among keys: LSH and quantised (the paper's two indices), and an exact one beside them."""
+"""Approximate nearest neighbours among keys: LSH and quantised (the paper's two indices), and an exact one beside
+them."""
 
 from __future__ import annotations
 

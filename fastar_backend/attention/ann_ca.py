@@ -1,10 +1,10 @@
-"""Cross-attention to the prompt: equal tokens folded once (exact), then AnnCA: only tokens that share a bucket with a query.
+"""Cross-attention to the prompt: equal tokens folded once (exact), then AnnCA: only tokens that share a bucket with a
+query.
 
-Prompts are padded with equal, unmasked tokens, as in Wan. A group of m equal keys with equal values is one token with logit bias
-log m: nothing is lost, and most of the padding's cost is gone. AnnCA (paper, section on cross-attention) then keeps a token for this
-chunk iff at least one query of the head shares an LSH bucket with it; the padding's group always stays (an empty set
-would have no softmax).
-"""
+Prompts are padded with equal, unmasked tokens, as in Wan. A group of m equal keys with equal values is one token with
+logit bias log m: nothing is lost, and most of the padding's cost is gone. AnnCA (paper, section on cross-attention)
+then keeps a token for this chunk iff at least one query of the head shares an LSH bucket with it; the padding's group
+(else the largest) always stays, since an empty set would have no softmax."""
 
 from __future__ import annotations
 
@@ -30,12 +30,10 @@ class TextCache:
                 0, group, torch.arange(len(text), device=text.device), "amin"
             )
             key, value, self.bias = key[first], value[first], count.to(key.dtype).log()
-            self.padding = int(count.argmax())
+            padding = (text[first] == 0).all(-1)
+            self.padding = int(padding.int().argmax() if padding.any() else count.argmax())
         self.keys, self.values = key.transpose(0, 1).contiguous(), value.transpose(0, 1).contiguous()
-        self.kept = float(len(key))  # tokens attended to, mean over heads
-
-    def begin(self) -> None:
-        self.kept = float(self.keys.shape[1])
+        self.kept = float(len(key))  # tokens attended to by the last call, mean over heads
 
     def attend(self, query: Tensor) -> Tensor:
         """query: [heads, n, head_dim] -> the same shape."""

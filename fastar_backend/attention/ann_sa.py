@@ -1,8 +1,7 @@
 """AnnSA: each block of queries attends only to the keys nearest to it (paper, section on approximate self-attention).
 
-Queries are ordered by their LSH signature, so that a block holds queries of like content; each block takes the keys with the
-most neighbours in it, a fixed share of the cache. The chunk's own keys are always attended to.
-"""
+Queries are ordered by their LSH signature, so that a block holds queries of like content; each block takes the keys
+with the most neighbours in it, a fixed share of the cache. The chunk's own keys are always attended to."""
 
 from __future__ import annotations
 
@@ -41,7 +40,8 @@ def scores(query: Tensor, keys: Tensor, config: AttentionConfig) -> Tensor:
 
 
 def select(query: Tensor, keys: Tensor, bias: Tensor | None, config: AttentionConfig) -> Selection:
-    """query: [heads, n, dim]; keys: [heads, m, dim]; bias: [heads, m] or None (-inf: never taken unless nothing else is)."""
+    """query: [heads, n, dim]; keys: [heads, m, dim]; bias: [heads, m] or None (-inf: never taken unless nothing else
+    is)."""
     heads, queries, _ = query.shape
     blocks = max(1, queries // config.sparse_block)
     while queries % blocks:  # equal blocks: the nearest smaller number of them

@@ -1,11 +1,10 @@
 """What one layer of one stream remembers. `FrameCache` keeps whole latent frames: all of them (dense) or a window.
 
-Positions. Keys arrive with spatial rotary positions only. Temporal positions are counted from the first latent frame of
-the chunk being generated and clamped at `reach` frames of distance, so a stream can run for ever on positions the model was
-trained on. Cached keys are stored rotated to their position in the current chunk's frame of reference; `begin` turns by
-the difference those whose position changed (only frames nearer than `reach`, so dense attention pays for the newest
-frames only).
-"""
+Positions. Keys arrive with spatial rotary positions only. Temporal positions are counted from the first latent frame
+of the chunk being generated and clamped at `reach` frames of distance, so a stream can run for ever on positions the
+model was trained on. Cached keys are stored rotated to their position in the current chunk's frame of reference;
+`begin` turns by the difference those whose position changed (only frames nearer than `reach`, so dense attention pays
+for the newest frames only)."""
 
 from __future__ import annotations
 
@@ -115,9 +114,8 @@ class FrameCache:
     def attend(self, query: Tensor, key: Tensor, value: Tensor, progress: float) -> Tensor:
         """One chunk's queries over the cache and the chunk itself (block-causal: all of the chunk).
 
-        query, key, value: [heads, chunk tokens, head_dim], rotated in space and time. progress: the share of denoising steps
-        done, 0..1 (1: the clean pass).
-        """
+        query, key, value: [heads, chunk tokens, head_dim], rotated in space and time. progress: the share of
+        denoising steps done, 0..1 (1: the clean pass)."""
         keys, values = self.view(key, value)
         self.count_pairs(query.shape[1], keys.shape[1])
         return attention(query, keys, values, self.bias)

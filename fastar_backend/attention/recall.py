@@ -1,10 +1,9 @@
 """Attention recall: how much of dense attention over the whole history a compressed or sparse cache reproduces.
 
-Each past token is represented by something the cache holds (itself, or the group that took it in) or by nothing. With P the
-dense attention mass summed over what each held entry represents, and Q the entry's mass in the fast attention,
-recall = sum over entries of min(P, Q): 1 when the fast softmax puts all mass where the dense one does; dropped
-tokens and wrong group weights both lower it. Measuring keeps the whole history's keys: for benchmarks and tests.
-"""
+Each past token is represented by something the cache holds (itself, or the group that took it in) or by nothing. With
+P the dense attention mass summed over what each held entry represents, and Q the entry's mass in the fast attention,
+recall = sum over entries of min(P, Q): 1 when the fast softmax puts all mass where the dense one does; dropped tokens
+and wrong group weights both lower it. Measuring keeps the whole history's keys: for benchmarks and tests."""
 
 from __future__ import annotations
 
@@ -70,12 +69,11 @@ class RecallProbe:
         self.history.append(query, key, value)
         fresh = torch.full((len(self.owner), key.shape[1]), -1, dtype=torch.long, device=key.device)
         self.owner = torch.cat([self.owner, fresh], 1)
-        report = self.cache.report if isinstance(self.cache, TempCache) else None
-        if report is None:
+        if not isinstance(self.cache, TempCache):
             return
-        lost = (self.owner >= 0) & report.evicted.gather(1, self.owner.clamp(min=0))
-        self.owner = torch.where(lost, -1, self.owner)
         known = [*before, *self.history.times[-(key.shape[1] // size) :]]
         gone = [time for time in known if time not in self.cache.times]
-        for index, time in enumerate(gone):
-            self.owner[:, time * size : (time + 1) * size] = report.assigned[:, index * size : (index + 1) * size]
+        for time, report in zip(gone, self.cache.reports, strict=False):  # no reports where there is no memory
+            lost = (self.owner >= 0) & report.evicted.gather(1, self.owner.clamp(min=0))
+            self.owner = torch.where(lost, -1, self.owner)
+            self.owner[:, time * size : (time + 1) * size] = report.assigned

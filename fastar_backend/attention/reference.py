@@ -177,11 +177,12 @@ class TempCache:
                 for i in range(len(times))
             ]  # fmt: skip
             surplus = len(self.frames[head]) - (self.sinks + self.recent) * size
-            if surplus > 0:
+            while surplus > 0:  # frame by frame
                 first = self.sinks * size
-                leaving = self.frames[head][first : first + surplus]
-                del self.frames[head][first : first + surplus]
+                leaving = self.frames[head][first : first + size]
+                del self.frames[head][first : first + size]
                 self.memory[head] = merge(self.memory[head], leaving, self.threshold, self.budget, self.match)
+                surplus -= size
 
     def _times(self, start: int) -> list[int]:
         return [start + i for i in range(self.layout.chunk_frames) for _ in range(self.layout.frame_tokens)]

@@ -29,8 +29,8 @@ USAGE_STRIDE = 6  # one query in so many measures it
 
 @dataclasses.dataclass
 class MergeReport:
-    """What became of the tokens of leaving frames. assigned: [heads, n] slot, -1 = dropped; evicted: [heads, slots] bool,
-    slots whose old group was dropped before the assignment."""
+    """What became of the tokens of one leaving frame. assigned: [heads, n] slot, -1 = dropped; evicted: [heads, slots]
+    bool, slots whose old group was dropped before the assignment."""
 
     assigned: Tensor
     evicted: Tensor
@@ -53,7 +53,7 @@ class TempCache(FrameCache):
         self.used = 0  # slots in use, the fullest head's
         self.merged = 0.0  # tokens that joined a group so far, mean over heads
         self.selection: ann_sa.Selection | None = None
-        self.report: MergeReport | None = None  # of the last append; None when nothing left the newest frames
+        self.reports: list[MergeReport] = []  # of the last append: one for each frame that left the newest
 
     @property
     def first(self) -> int:
@@ -103,18 +103,18 @@ class TempCache(FrameCache):
         if self.queries is not None:
             frames = torch.arange(query.shape[1] // self.shape.frame_tokens, device=query.device)
             self.queries[:, fresh] = self.shape.turn(query, -frames.repeat_interleave(self.shape.frame_tokens))
-        self.report = None
+        self.reports = []
         super().append(query, key, value)
 
     def _drop(self, surplus: int) -> None:
         size = self.shape.frame_tokens
         first = self.prefix + self.sink_frames * size
         leaving = slice(first, first + surplus * size)
-        if self.slots:
-            times = torch.tensor(self.times[self.sink_frames : self.sink_frames + surplus], device=self.shape.device)
-            times = times.repeat_interleave(size)
-            probe = None if self.queries is None else self.queries[:, leaving]
-            self._merge(self.keys[:, leaving], self.values[:, leaving], times, self.usage[:, leaving], probe)
+        for index in range(surplus if self.slots else 0):  # one after the other, so that still frames unite
+            rows = slice(first + index * size, first + (index + 1) * size)
+            time = torch.full((size,), self.times[self.sink_frames + index], device=self.shape.device)
+            probe = None if self.queries is None else self.queries[:, rows]
+            self._merge(self.keys[:, rows], self.values[:, rows], time, self.usage[:, rows], probe)
         moved = slice(leaving.stop, self.end)
         for buffer in (self.usage, self.queries):
             if buffer is not None:
@@ -153,7 +153,7 @@ class TempCache(FrameCache):
         self._join(found, joins, keys, values, times, usage, probe)
         self.used = max(self.used, slots - int(((self.count > 0).any(0)).int().argmax())) if self.count.any() else 0
         self.merged += joins.float().sum(1).mean().item()
-        self.report = MergeReport(assigned, evicted)
+        self.reports.append(MergeReport(assigned, evicted))
 
     def _write(self, slot: Tensor, newcomer: Tensor, replace: Tensor, keys: Tensor, values: Tensor, times: Tensor,
                usage: Tensor) -> None:  # fmt: skip

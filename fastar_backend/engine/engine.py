@@ -1,9 +1,9 @@
 """`StreamEngine`: opens, advances and closes streams. One call of `step` is one chunk for each stream in it.
 
-A chunk is sampled from noise in a few steps (x0 = model(x); then re-noised with fresh noise to the next level), decoded, and run
-through the model once more, nearly clean, to write its keys and values into the stream's caches (Self-Forcing's
-sampler). Linear layers run on the whole batch; attention stream by stream, since caches differ in length.
-"""
+A chunk is sampled from noise in a few steps (x0 = model(x); then re-noised with fresh noise to the next level),
+decoded, and run through the model once more, nearly clean, to write its keys and values into the stream's caches
+(Self-Forcing's sampler). Linear layers run on the whole batch; attention stream by stream, since caches differ in
+length."""
 
 from __future__ import annotations
 
@@ -186,7 +186,8 @@ class StreamEngine:
             stream.latent_frame += frames
 
     def _advance(self, streams: list[Stream], actions: Tensor) -> tuple[list[Tensor], list[bool]]:
-        """actions: [streams, latent frames, buttons] -> uint8 [frames, height, width, 3] each, and whether all finite."""
+        """actions: [streams, latent frames, buttons] -> uint8 [frames, height, width, 3] each, and whether all
+        finite."""
         for stream in streams:
             stream.begin_chunk()
         x0 = self.sample(streams, actions)
@@ -262,7 +263,7 @@ def where(error: Exception) -> str:
 
 
 def check_prompt(prompt: str) -> None:
-    """Raises InvalidInput unless the prompt is 1..4096 bytes of text with a word in it."""
+    """Raises InvalidInput unless the prompt is 1..4096 bytes of text, not all white space."""
     size = len(prompt.encode())
     if not prompt.strip():
         raise InvalidInput("PROMPT", "it is empty", f"1 to {PROMPT_BYTES} bytes of UTF-8 text")

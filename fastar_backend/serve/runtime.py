@@ -97,4 +97,6 @@ def _environment(settings: ServeSettings, installation: Installation) -> dict[st
         environment["LD_LIBRARY_PATH"] = os.pathsep.join(filter(None, libraries))
     for name in ("OMP_NUM_THREADS", "MKL_NUM_THREADS", "OPENBLAS_NUM_THREADS"):
         environment[name] = str(settings.threads)
+    # Threads that spin at barriers starve each other when the client, or anything else, shares the cores.
+    environment.setdefault("OMP_WAIT_POLICY", "PASSIVE")
     return environment

@@ -180,7 +180,7 @@ def test_folded_prompt_is_the_padded_prompt(words):
 
 def test_text_selection_keeps_what_queries_are_near():
     text, key, value = padded_prompt(7)
-    cache = TextCache(key, value, text, AttentionConfig(index_bits=12, index_tables=2))
+    cache = TextCache(key, value, text, AttentionConfig(select_text=True, index_bits=12, index_tables=2))
     query = cache.keys[:, [2]] * 3  # near exactly one group
     keep = cache.near(query)
     assert keep[:, 2].all()
@@ -192,7 +192,7 @@ def test_text_selection_keeps_what_queries_are_near():
 def test_no_neighbour_at_all_keeps_the_padding():
     """An empty set has no softmax: the padding's group stays, so the output is the padding's value."""
     text, key, value = padded_prompt(7)
-    cache = TextCache(key, value, text, AttentionConfig(index_bits=16, index_tables=1))
+    cache = TextCache(key, value, text, AttentionConfig(select_text=True, index_bits=16, index_tables=1))
     query = next(q for q in torch.randn(200, 3, 5, 10, dtype=torch.float64) if (cache.near(q).sum(1) == 1).all())
     out = cache.attend(query)
     torch.testing.assert_close(out, value[-1][:, None].expand_as(out))
@@ -201,7 +201,7 @@ def test_no_neighbour_at_all_keeps_the_padding():
 
 def test_text_selection_with_every_bucket_shared_is_exact():
     text, key, value = padded_prompt(7)
-    cache = TextCache(key, value, text, AttentionConfig(index_bits=1, index_tables=32))
+    cache = TextCache(key, value, text, AttentionConfig(select_text=True, index_bits=1, index_tables=32))
     query = torch.randn(3, 63, 10, dtype=torch.float64)
     whole = TextCache(key, value, text, AttentionConfig(kind="window"))
     assert distance(cache.attend(query), whole.attend(query)) < 1e-6

@@ -149,7 +149,7 @@ def test_ann_ca(bits):
     text[9:] = 0
     projection = torch.randn(2, 4, heads * dim)
     key, value = ((text @ p + 1).unflatten(-1, (heads, dim)) for p in projection)
-    config = AttentionConfig(index_tables=2, index_bits=bits)
+    config = AttentionConfig(select_text=True, index_tables=2, index_bits=bits)
     cache, query = TextCache(key, value, text, config), torch.randn(heads, 7, dim)
     fast = cache.attend(query)
     planes = ann.planes(dim, 2, bits, query.device)
