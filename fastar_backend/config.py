@@ -101,10 +101,13 @@ class AttentionConfig(Config):
     sink_frames: int = Field(0, ge=0, le=64)  # first latent frames, never dropped nor merged
     recent_frames: int = Field(6, ge=1, le=4096)  # newest latent frames, never dropped nor merged (fastar)
     # TempCache
-    merge_threshold: float = Field(0.9, ge=-1, le=1)  # cosine of two keys above which they are one group
+    merge_threshold: float = Field(0.95, ge=-1, le=1)  # cosine of two keys above which they are one group
     representative: Literal["last", "mean"] = "last"
     weight: Literal["count", "effective", "none"] = "count"  # log of it is the group's logit bias
     match: Literal["key", "query"] = "key"  # what looks for its group: the new keys (ours) or the queries (paper)
+    overflow: Literal["fold", "drop"] = (
+        "fold"  # of tokens and groups beyond the budget: into the nearest group, or lost
+    )
     index: Literal["exact", "lsh", "quantised"] = "quantised"
     index_bits: int = Field(8, ge=1, le=16)  # LSH: sign bits a table
     index_tables: int = Field(4, ge=1, le=32)
@@ -122,7 +125,8 @@ class AttentionConfig(Config):
         The hard budget is ours: the paper has none."""
         return cls(
             budget_frames=budget_frames, recent_frames=chunk_frames, merge_threshold=0.9, representative="last",
-            weight="count", match="query", index="quantised", sparse_density=0.28, dense_steps=0.3, select_text=True,
+            weight="count", match="query", overflow="drop", index="quantised", sparse_density=0.28, dense_steps=0.3,
+            select_text=True,
         )  # fmt: skip
 
     @model_validator(mode="after")

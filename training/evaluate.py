@@ -17,7 +17,6 @@ from pathlib import Path
 import numpy as np
 import torch
 from PIL import Image, ImageDraw
-from torch import Tensor
 
 from fastar_backend.config import AttentionConfig
 from fastar_backend.engine.engine import StreamEngine
@@ -150,13 +149,12 @@ def revisit(engine: StreamEngine, out: Path, runs: int) -> None:
     print({k: tuple(round(x, 2) for x in v) for k, v in by(rows, lambda r: (r["test"], r["policy"])).items()})
 
 
-def rollout(engine: StreamEngine, out: Path, frames: int) -> None:
-    """All scenarios side by side in one batch, 2880 frames; frames at the marks."""
-    names = [scenario.name for scenario in SCENARIOS]
+def rollout(engine: StreamEngine, out: Path, frames: int, names: list[str]) -> None:
+    """The scenarios `names` in one batch with the default attention; a strip of the frames at the marks for each."""
     moves = {s.name: behaviour(s, np.random.default_rng(3)) for s in SCENARIOS}
     for index, name in enumerate(names):
         engine.open(index, engine.world.config.scenarios[name].prompt, StreamOptions(seed=11, start=name))
-    kept: dict[str, list[Tensor]] = {name: [] for name in names}
+    kept: dict[str, list[np.ndarray]] = {name: [] for name in names}
     size, chunk_frames = engine.shape.chunk_frames, engine.world.config.chunk_frames
     for chunk in range(frames // chunk_frames):
         requests = [ChunkRequest(i, tuple(next(moves[name]) for _ in range(size))) for i, name in enumerate(names)]
@@ -165,17 +163,26 @@ def rollout(engine: StreamEngine, out: Path, frames: int) -> None:
             kept[name] += [result.frames[m - first] for m in ROLLOUT_MARKS if first <= m < first + chunk_frames]
         if chunk % 60 == 0:
             print(f"rollout: frame {first}", flush=True)
-    height, width = kept[names[0]][0].shape[:2]
-    sheet = Image.new("RGB", (120 + len(ROLLOUT_MARKS) * (2 * width + 4), 20 + len(names) * (2 * height + 4)), "white")
+    for name in names:
+        Image.fromarray(np.concatenate(kept[name], axis=1)).save(out / f"rollout-{name}.png")
+    strips = {s.name: out / f"rollout-{s.name}.png" for s in SCENARIOS}
+    if all(path.exists() for path in strips.values()):
+        contact_sheet(strips, out / "rollout.png")
+
+
+def contact_sheet(strips: dict[str, Path], path: Path) -> None:
+    """All strips below each other, doubled in size, with names and frame numbers."""
+    rows = {name: Image.open(strip) for name, strip in strips.items()}
+    width, height = next(iter(rows.values())).size
+    sheet = Image.new("RGB", (130 + 2 * width, 20 + len(rows) * (2 * height + 4)), "white")
     draw = ImageDraw.Draw(sheet)
     for column, mark in enumerate(ROLLOUT_MARKS):
-        draw.text((124 + column * (2 * width + 4), 4), f"frame {mark}", fill="black")
-    for row, name in enumerate(names):
-        draw.text((4, 20 + row * (2 * height + 4) + height), name, fill="black")
-        for column, frame in enumerate(kept[name]):
-            picture = Image.fromarray(np.asarray(frame)).resize((2 * width, 2 * height), Image.Resampling.NEAREST)
-            sheet.paste(picture, (120 + column * (2 * width + 4), 20 + row * (2 * height + 4)))
-    sheet.save(out / "rollout.png", optimize=True)
+        draw.text((134 + column * 2 * width // len(ROLLOUT_MARKS), 4), f"frame {mark}", fill="black")
+    for row, (name, strip) in enumerate(rows.items()):
+        top = 20 + row * (2 * height + 4)
+        draw.text((4, top + height), name, fill="black")
+        sheet.paste(strip.resize((2 * width, 2 * height), Image.Resampling.NEAREST), (130, top))
+    sheet.save(path, optimize=True)
 
 
 def save(path: Path, rows: list[dict]) -> None:
@@ -187,6 +194,7 @@ def main() -> None:
     cli.add_argument("--world", default="doom")
     cli.add_argument("--out", type=Path, default=Path("out/evaluation"))
     cli.add_argument("--part", choices=("history", "revisit", "rollout"), action="append")
+    cli.add_argument("--scenario", action="append", help="of the rollouts; all by default")
     cli.add_argument("--runs", type=int, default=3)
     cli.add_argument("--latent-frames", type=int, default=160, help="of the history test")
     cli.add_argument("--frames", type=int, default=2880, help="of the rollouts")
@@ -200,7 +208,7 @@ def main() -> None:
         elif part == "revisit":
             revisit(engine, args.out, args.runs)
         else:
-            rollout(engine, args.out, args.frames)
+            rollout(engine, args.out, args.frames, args.scenario or [s.name for s in SCENARIOS])
 
 
 if __name__ == "__main__":

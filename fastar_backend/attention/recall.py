@@ -74,6 +74,5 @@ class RecallProbe:
         known = [*before, *self.history.times[-(key.shape[1] // size) :]]
         gone = [time for time in known if time not in self.cache.times]
         for time, report in zip(gone, self.cache.reports, strict=False):  # no reports where there is no memory
-            lost = (self.owner >= 0) & report.evicted.gather(1, self.owner.clamp(min=0))
-            self.owner = torch.where(lost, -1, self.owner)
+            self.owner = torch.where(self.owner >= 0, report.moved.gather(1, self.owner.clamp(min=0)), -1)
             self.owner[:, time * size : (time + 1) * size] = report.assigned

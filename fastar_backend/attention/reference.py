@@ -104,12 +104,14 @@ def cosine(a: Tensor, b: Tensor) -> float:
     return float(a @ b) / math.sqrt(float(a @ a) * float(b @ b))
 
 
-def merge(groups: list[Group], leaving: list[Group], threshold: float, budget: int, match: str = "key") -> list[Group]:
+def merge(groups: list[Group], leaving: list[Group], threshold: float, budget: int, match: str = "key",
+          overflow: str = "fold") -> list[Group]:  # fmt: skip
     """TempCache, one head: the groups after the tokens of leaving frames have met them.
 
     A token's match is the nearest group of its key (of its query: the paper); it joins if their *keys*' cosine exceeds
     the threshold. The last member is the representative. Tokens without a group found one; beyond `budget` groups
-    the least used that nobody has just joined give way, one for one, to newcomers that are used more.
+    the least used that nobody has just joined give way, one for one, to newcomers that are used more. Who has no
+    place is folded into the nearest group (count and mean value, not the key), or dropped.
     """
     joining: dict[int, list[Group]] = {}
     newcomers = []
@@ -121,13 +123,15 @@ def merge(groups: list[Group], leaving: list[Group], threshold: float, budget: i
         else:
             newcomers.append(token)
     replaceable = sorted((g for i, g in enumerate(groups) if i not in joining), key=lambda group: group.usage)
-    kept = list(groups)
+    kept, losers = list(groups), []
     for token in sorted(newcomers, key=lambda token: -token.usage):
         if len(kept) < budget:
             kept.append(token)
         elif replaceable and token.usage > replaceable[0].usage:
             kept = [token if group is replaceable[0] else group for group in kept]
-            replaceable.pop(0)
+            losers.append(replaceable.pop(0))
+        else:
+            losers.append(token)
     for index, tokens in joining.items():
         group = groups[index]
         total = group.value * group.count
@@ -137,6 +141,11 @@ def merge(groups: list[Group], leaving: list[Group], threshold: float, budget: i
         group.value = total / group.count
         group.usage += sum(token.usage for token in tokens)
         group.key, group.time = tokens[-1].key, tokens[-1].time
+    for loser in losers if overflow == "fold" and kept else []:
+        group = max(kept, key=lambda group: cosine(loser.key, group.key))
+        group.value = (group.value * group.count + loser.value * loser.count) / (group.count + loser.count)
+        group.count += loser.count
+        group.usage += loser.usage
     return kept
 
 
@@ -144,10 +153,10 @@ class TempCache:
     """One layer of one stream; per head, groups (`memory`), and sinks and newest frames token by token (`frames`)."""
 
     def __init__(self, heads: int, layout: Layout, *, budget: int, sinks: int, recent: int, threshold: float,
-                 match: str = "key") -> None:  # fmt: skip
+                 match: str = "key", overflow: str = "fold") -> None:  # fmt: skip
         """budget: groups. sinks, recent: whole frames."""
         self.layout, self.budget, self.sinks, self.recent = layout, budget, sinks, recent
-        self.threshold, self.match = threshold, match
+        self.threshold, self.match, self.overflow = threshold, match, overflow
         self.memory: list[list[Group]] = [[] for _ in range(heads)]
         self.frames: list[list[Group]] = [[] for _ in range(heads)]
 
@@ -181,7 +190,9 @@ class TempCache:
                 first = self.sinks * size
                 leaving = self.frames[head][first : first + size]
                 del self.frames[head][first : first + size]
-                self.memory[head] = merge(self.memory[head], leaving, self.threshold, self.budget, self.match)
+                self.memory[head] = merge(
+                    self.memory[head], leaving, self.threshold, self.budget, self.match, self.overflow
+                )
                 surplus -= size
 
     def _times(self, start: int) -> list[int]:

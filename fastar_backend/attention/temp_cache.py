@@ -8,7 +8,9 @@ share one temporal position, so equal content means equal keys (under plain rota
 log-count law fails).
 
 The budget is hard. When it is full, the groups with the least attention mass (a running mean over chunks) give way to
-newcomers with more. Sinks and the newest frames are never merged nor dropped.
+newcomers with more. Whoever loses is folded into its nearest group, whatever the distance (`overflow="fold"`): the
+group's count and mean value grow, its key stays. So the memory keeps the softmax's long tail instead of losing it.
+Sinks and the newest frames are never merged nor dropped.
 """
 
 from __future__ import annotations
@@ -20,7 +22,7 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from fastar_backend.attention import ann, ann_sa
-from fastar_backend.attention.cache import CacheShape, FrameCache, attention
+from fastar_backend.attention.cache import CacheShape, FrameCache
 from fastar_backend.config import AttentionConfig
 
 USAGE_DECAY = 0.95  # per chunk, of the running attention mass that decides who stays
@@ -29,11 +31,11 @@ USAGE_STRIDE = 6  # one query in so many measures it
 
 @dataclasses.dataclass
 class MergeReport:
-    """What became of the tokens of one leaving frame. assigned: [heads, n] slot, -1 = dropped; evicted: [heads, slots]
-    bool, slots whose old group was dropped before the assignment."""
+    """What became of the tokens of one leaving frame and of the groups. assigned: [heads, n] the slot of each token;
+    moved: [heads, slots] the slot that now holds each slot's former group. -1: dropped."""
 
     assigned: Tensor
-    evicted: Tensor
+    moved: Tensor
 
 
 class TempCache(FrameCache):
@@ -51,7 +53,7 @@ class TempCache(FrameCache):
         if config.match == "query" or config.weight == "effective":
             self.queries = torch.zeros_like(self.keys)
         self.used = 0  # slots in use, the fullest head's
-        self.merged = 0.0  # tokens that joined a group so far, mean over heads
+        self.merged = 0.0  # tokens and groups that went into another group so far, mean over heads
         self.selection: ann_sa.Selection | None = None
         self.reports: list[MergeReport] = []  # of the last append: one for each frame that left the newest
 
@@ -145,15 +147,30 @@ class TempCache(FrameCache):
         pairs = min(order.shape[1], newcomer.shape[1])
         slot, newcomer, worth = order[:, :pairs], newcomer[:, :pairs], worth[:, :pairs]
         replace = worth > price.gather(1, slot)
-        evicted = torch.zeros_like(held).scatter(1, slot, replace) & held
+        evicts = replace & held.gather(1, slot)
         assigned = torch.where(joins, match, -1).scatter(
             1, newcomer, torch.where(replace, slot, _at(joins, newcomer, match))
         )
+        moved = torch.arange(slots, device=shape.device).expand_as(held)
+        moved = moved.scatter(1, slot, torch.where(evicts, -1, slot))
+        losers = (
+            torch.cat([raw, _rows(memory, slot)], 1),
+            torch.cat([values, _rows(self.values[:, :slots], slot)], 1),
+            torch.cat([torch.ones_like(usage), self.count.gather(1, slot)], 1),
+            torch.cat([usage, self.usage[:, :slots].gather(1, slot)], 1),
+            torch.cat([assigned < 0, evicts], 1),
+        )
         self._write(slot, newcomer, replace, keys, values, times, usage)
         self._join(found, joins, keys, values, times, usage, probe)
+        if config.overflow == "fold" and losers[-1].any():
+            target = self._fold(*losers)
+            self.merged += (losers[-1] & (target >= 0)).float().sum(1).mean().item()
+            tokens = target[:, : assigned.shape[1]]
+            assigned = torch.where(assigned < 0, tokens, assigned)
+            moved = moved.scatter(1, slot, torch.where(evicts, target[:, assigned.shape[1] :], slot))
         self.used = max(self.used, slots - int(((self.count > 0).any(0)).int().argmax())) if self.count.any() else 0
         self.merged += joins.float().sum(1).mean().item()
-        self.reports.append(MergeReport(assigned, evicted))
+        self.reports.append(MergeReport(assigned, moved))
 
     def _write(self, slot: Tensor, newcomer: Tensor, replace: Tensor, keys: Tensor, values: Tensor, times: Tensor,
                usage: Tensor) -> None:  # fmt: skip
@@ -198,6 +215,23 @@ class TempCache(FrameCache):
         self.count.view(-1)[grown] = weight + plus
         self.usage[head, slot] += use[grown]
 
+    def _fold(self, raw: Tensor, values: Tensor, count: Tensor, usage: Tensor, lost: Tensor) -> Tensor:
+        """Adds the entries where `lost` to their nearest groups; all [heads, n, ...]. Returns the slots [heads, n]."""
+        slots = self.slots
+        memory = self.shape.turn(self.keys[:, :slots], -(self.time - self.start).clamp(min=-self.shape.reach))
+        target = ann.top1(raw, memory, self.count > 0, self.config)
+        heads, entries = (lost & (target >= 0)).nonzero(as_tuple=True)
+        flat = heads * slots + target[heads, entries]
+        plus = count[heads, entries]
+        old = self.count.flatten()
+        total = old.index_add(0, flat, plus)
+        held = torch.where(old > 0, old, 1.0)[:, None] * self.values[:, :slots].flatten(0, 1).float()
+        mean = held.index_add_(0, flat, plus[:, None] * values[heads, entries].float()) / total.clamp(min=1)[:, None]
+        self.values[:, :slots] = mean.unflatten(0, (-1, slots)).to(self.shape.dtype)
+        self.count.view(-1).copy_(total)
+        self.usage[:, :slots] += torch.zeros_like(old).index_add_(0, flat, usage[heads, entries]).view(-1, slots)
+        return target
+
 
 def _rows(x: Tensor, index: Tensor) -> Tensor:
     """x [heads, m, d] at index [heads, n] -> [heads, n, d]."""
@@ -207,6 +241,3 @@ def _rows(x: Tensor, index: Tensor) -> Tensor:
 def _at(joins: Tensor, newcomer: Tensor, match: Tensor) -> Tensor:
     """Slot of tokens that stay as they are: their match if they join, else -1."""
     return torch.where(joins.gather(1, newcomer), match.gather(1, newcomer), -1)
-
-
-__all__ = ["MergeReport", "TempCache", "attention"]

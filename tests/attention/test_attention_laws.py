@@ -160,7 +160,9 @@ def test_merging_different_values_of_equal_keys_is_exact():
     assert distance(fast.clean, drive(shape, AttentionConfig(kind="dense"), qkv).clean) < 1e-6
 
 
-@pytest.mark.parametrize("policy", [{"weight": "none"}, {"merge_threshold": 1.0, "budget_frames": 5}])
+@pytest.mark.parametrize(
+    "policy", [{"weight": "none"}, {"merge_threshold": 1.0, "budget_frames": 5, "overflow": "drop"}]
+)
 def test_the_exactness_tests_can_fail(policy):
     """Without counts, or with members dropped instead of merged, the same stream is far from dense."""
     shape = shape_of(reach=2, dtype=torch.float64)

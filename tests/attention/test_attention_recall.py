@@ -68,10 +68,11 @@ def test_recall_falls_with_wrong_group_weights():
     assert sorted(run.recall[1:], reverse=True) == run.recall[1:]
 
 
-def test_recall_by_hand():
-    """A merging stream with drops, against the definition in loops: sum over entries of min(dense mass, fast mass)."""
+@pytest.mark.parametrize("overflow", ["drop", "fold"])
+def test_recall_by_hand(overflow):
+    """A merging stream beyond its budget, against the definition in loops: sum of min(dense mass, fast mass)."""
     shape = shape_of(heads=1, frame_tokens=5, chunk_frames=1)
-    config = AttentionConfig(budget_frames=3, recent_frames=2, index="exact")
+    config = AttentionConfig(budget_frames=3, recent_frames=2, index="exact", overflow=overflow)
     qkv = tokens(shape, 12, seed=3, change=0.3)
     cache = make_cache(shape, config)
     probe = RecallProbe(shape, cache)
@@ -100,7 +101,7 @@ def test_recall_by_hand():
     total = sum(fast for _, fast in entries)
     by_hand = sum(min(mass, fast / total) for mass, fast in entries)
     assert cache.merged > 3
-    assert (owner[: 5 * 9] == -1).any(), "some groups were dropped"
+    assert (owner[: 5 * 9] == -1).any() == (overflow == "drop"), "folding loses nothing, dropping does"
     assert 0.3 < by_hand < 0.999
     assert probe.recall == pytest.approx(by_hand, abs=1e-4)
     assert QUERY_STRIDE >= 5, "only the first query is measured"

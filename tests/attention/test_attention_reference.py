@@ -74,6 +74,7 @@ TEMP_CACHES = [
     pytest.param({"budget_frames": 4, "recent_frames": 2, "merge_threshold": -1.0}, id="all merge"),
     pytest.param({"budget_frames": 4, "recent_frames": 2, "merge_threshold": 1.0}, id="none merges"),
     pytest.param({"budget_frames": 4, "recent_frames": 3, "match": "query"}, id="query matches"),
+    pytest.param({"budget_frames": 4, "recent_frames": 3, "overflow": "drop"}, id="drops"),
     pytest.param({"budget_frames": 3, "recent_frames": 3}, id="no memory"),
 ]
 
@@ -95,6 +96,7 @@ def test_temp_cache(sizes, settings, dtype):
         recent=config.recent_frames,
         threshold=config.merge_threshold,
         match=config.match,
+        overflow=config.overflow,
     )
     for chunk in range(chunks):
         part = [x[:, chunk * shape.chunk_tokens : (chunk + 1) * shape.chunk_tokens] for x in qkv]
