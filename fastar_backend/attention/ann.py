@@ -32,22 +32,30 @@ def quantise(x: Tensor) -> Tensor:
     return (x / scale).round() * scale
 
 
-def top1(probe: Tensor, keys: Tensor, valid: Tensor, config: AttentionConfig) -> Tensor:
-    """For each probe [heads, n, dim] the index [heads, n] of its nearest key [heads, m, dim] by cosine.
+def prepare(x: Tensor, config: AttentionConfig) -> Tensor:
+    """x [..., dim] as the index holds it: unit length, float32, and rounded where the index is quantised."""
+    x = F.normalize(x.float(), dim=-1)
+    return quantise(x) if config.index == "quantised" else x
+
+
+def nearest(probe: Tensor, keys: Tensor, valid: Tensor, config: AttentionConfig) -> Tensor:
+    """For each probe [heads, n, dim] the index [heads, n] of its nearest key [heads, m, dim] by cosine; both prepared.
 
     valid: [heads, m] bool. Where no key is found (no valid one; with LSH: none in its buckets) the index is -1.
     """
-    probe, keys = F.normalize(probe.float(), dim=-1), F.normalize(keys.float(), dim=-1)
     if config.index == "lsh":
-        return _top1_lsh(probe, keys, valid, config)
-    if config.index == "quantised":
-        probe, keys = quantise(probe), quantise(keys)
-    scores = (probe @ keys.transpose(1, 2)).masked_fill(~valid[:, None], -torch.inf)
+        return _nearest_lsh(probe, keys, valid, config)
+    scores = torch.bmm(probe, keys.transpose(1, 2)).masked_fill_(~valid[:, None], -torch.inf)
     best, index = scores.max(-1)
     return torch.where(best > -torch.inf, index, -1)
 
 
-def _top1_lsh(probe: Tensor, keys: Tensor, valid: Tensor, config: AttentionConfig, candidates: int = 16) -> Tensor:
+def top1(probe: Tensor, keys: Tensor, valid: Tensor, config: AttentionConfig) -> Tensor:
+    """`nearest` of vectors not prepared yet."""
+    return nearest(prepare(probe, config), prepare(keys, config), valid, config)
+
+
+def _nearest_lsh(probe: Tensor, keys: Tensor, valid: Tensor, config: AttentionConfig, candidates: int = 16) -> Tensor:
     """Sorts each table's buckets and re-scores up to `candidates` keys of the probe's bucket: no n x m product."""
     tables = config.index_tables
     key_codes = signatures(keys, tables, config.index_bits).masked_fill(~valid[..., None], 1 << 62)

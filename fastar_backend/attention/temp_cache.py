@@ -49,6 +49,8 @@ class TempCache(FrameCache):
         self.count = torch.zeros(shape.heads, slots, device=shape.device)  # members of each group; 0 = free slot
         self.time = torch.zeros(shape.heads, slots, dtype=torch.long, device=shape.device)  # of its newest member
         self.usage = torch.zeros(size, device=shape.device)
+        # The groups' keys without temporal position, as the index compares them.
+        self.index = torch.zeros(shape.heads, slots, shape.head_dim, device=shape.device)
         self.queries = None  # the tokens' queries, without temporal position
         if config.match == "query" or config.weight == "effective":
             self.queries = torch.zeros_like(self.keys)
@@ -63,7 +65,7 @@ class TempCache(FrameCache):
 
     @property
     def nbytes(self) -> int:
-        extra = (self.count, self.time, self.usage) + (() if self.queries is None else (self.queries,))
+        extra = (self.count, self.time, self.usage, self.index) + (() if self.queries is None else (self.queries,))
         return super().nbytes + sum(t.nbytes for t in extra)
 
     def begin(self, start: int) -> None:
@@ -129,12 +131,10 @@ class TempCache(FrameCache):
         shape, config, slots = self.shape, self.config, self.slots
         position = (times - self.start).clamp(min=-shape.reach)
         raw = shape.turn(keys, -position)  # without temporal position: content and place in the frame
-        memory = shape.turn(self.keys[:, :slots], -(self.time - self.start).clamp(min=-shape.reach))
-        held = self.count > 0
-        match = ann.top1(probe if config.match == "query" else raw, memory, held, config)
+        entry, held = ann.prepare(raw, config), self.count > 0
+        match = ann.nearest(ann.prepare(probe, config) if config.match == "query" else entry, self.index, held, config)
         found = match.clamp(min=0)
-        partner = _rows(memory, found)
-        similarity = F.cosine_similarity(raw.float(), partner.float(), dim=-1)
+        similarity = F.cosine_similarity(raw.float(), _rows(self.index, found), dim=-1)
         joins = (match >= 0) & (similarity > config.merge_threshold)
 
         # Newcomers that join no group: the most used of them replace free slots, then the least used groups.
@@ -154,14 +154,14 @@ class TempCache(FrameCache):
         moved = torch.arange(slots, device=shape.device).expand_as(held)
         moved = moved.scatter(1, slot, torch.where(evicts, -1, slot))
         losers = (
-            torch.cat([raw, _rows(memory, slot)], 1),
+            torch.cat([entry, _rows(self.index, slot)], 1),
             torch.cat([values, _rows(self.values[:, :slots], slot)], 1),
             torch.cat([torch.ones_like(usage), self.count.gather(1, slot)], 1),
             torch.cat([usage, self.usage[:, :slots].gather(1, slot)], 1),
             torch.cat([assigned < 0, evicts], 1),
         )
-        self._write(slot, newcomer, replace, keys, values, times, usage)
-        self._join(found, joins, keys, values, times, usage, probe)
+        self._write(slot, newcomer, replace, keys, values, times, usage, entry)
+        self._join(found, joins, keys, values, times, usage, entry, probe)
         if config.overflow == "fold" and losers[-1].any():
             target = self._fold(*losers)
             self.merged += (losers[-1] & (target >= 0)).float().sum(1).mean().item()
@@ -173,16 +173,17 @@ class TempCache(FrameCache):
         self.reports.append(MergeReport(assigned, moved))
 
     def _write(self, slot: Tensor, newcomer: Tensor, replace: Tensor, keys: Tensor, values: Tensor, times: Tensor,
-               usage: Tensor) -> None:  # fmt: skip
+               usage: Tensor, entry: Tensor) -> None:  # fmt: skip
         """Puts newcomer [heads, pairs] into slot [heads, pairs] where `replace`."""
         heads, pairs = replace.nonzero(as_tuple=True)
         to, source = slot[heads, pairs], newcomer[heads, pairs]
         self.keys[heads, to], self.values[heads, to] = keys[heads, source], values[heads, source]
         self.time[heads, to], self.usage[heads, to] = times[source], usage[heads, source]
+        self.index[heads, to] = entry[heads, source]
         self.count[heads, to] = 1
 
     def _join(self, found: Tensor, joins: Tensor, keys: Tensor, values: Tensor, times: Tensor, usage: Tensor,
-              probe: Tensor | None) -> None:  # fmt: skip
+              entry: Tensor, probe: Tensor | None) -> None:  # fmt: skip
         """Adds the joining tokens to their groups: count, mean value, representative key (the last member's)."""
         shape, slots = self.shape, self.slots
         heads, tokens = joins.nonzero(as_tuple=True)
@@ -209,17 +210,19 @@ class TempCache(FrameCache):
         if self.config.representative == "mean":
             mixed = before[:, None] * self.keys[head, slot].float() + plus[:, None] * keys[head, last].float()
             self.keys[head, slot] = (mixed / (before + plus)[:, None]).to(shape.dtype)
+            position = (self.time[head, slot] - self.start).clamp(min=-shape.reach)
+            self.index[head, slot] = ann.prepare(shape.turn(self.keys[head, slot], -position), self.config)
         else:
             self.keys[head, slot] = keys[head, last]
             self.time[head, slot] = times[last]
+            self.index[head, slot] = entry[head, last]
         self.count.view(-1)[grown] = weight + plus
         self.usage[head, slot] += use[grown]
 
-    def _fold(self, raw: Tensor, values: Tensor, count: Tensor, usage: Tensor, lost: Tensor) -> Tensor:
+    def _fold(self, entry: Tensor, values: Tensor, count: Tensor, usage: Tensor, lost: Tensor) -> Tensor:
         """Adds the entries where `lost` to their nearest groups; all [heads, n, ...]. Returns the slots [heads, n]."""
         slots = self.slots
-        memory = self.shape.turn(self.keys[:, :slots], -(self.time - self.start).clamp(min=-self.shape.reach))
-        target = ann.top1(raw, memory, self.count > 0, self.config)
+        target = ann.nearest(entry, self.index, self.count > 0, self.config)
         heads, entries = (lost & (target >= 0)).nonzero(as_tuple=True)
         flat = heads * slots + target[heads, entries]
         plus = count[heads, entries]
