@@ -6,6 +6,7 @@ python -m training.export --weights out/world/decoder.safetensors --out fastar_b
 from __future__ import annotations
 
 import argparse
+import json
 import shutil
 from pathlib import Path
 
@@ -39,10 +40,26 @@ def record(scenario: str, seed: int) -> np.ndarray:
     return np.concatenate(frames, axis=1)
 
 
+def plot(curves: Path) -> None:
+    """The loss curves of all stages beside each other."""
+    import matplotlib
+
+    matplotlib.use("Agg")
+    import matplotlib.pyplot as plt
+
+    stages = json.loads(curves.read_text())
+    figure, axes = plt.subplots(1, len(stages), figsize=(3.5 * len(stages), 3), layout="constrained")
+    for axis, (name, curve) in zip(axes, stages.items(), strict=True):
+        axis.plot(curve["step"], curve.get("psnr") or curve["loss"])
+        axis.set(title=name, xlabel="step", ylabel="PSNR (dB)" if "psnr" in curve else "weighted x0 loss")
+    figure.savefig(curves.with_suffix(".png"), dpi=100)
+
+
 def main() -> None:
     cli = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     cli.add_argument("--weights", type=Path, required=True)
     cli.add_argument("--out", type=Path, required=True)
+    cli.add_argument("--curves", type=Path, help="curves.json of the training: also drawn to <its name>.png")
     cli.add_argument("--seed", type=int, default=90001, help="of the game; not one used for training")
     args = cli.parse_args()
     (args.out / "starts").mkdir(parents=True, exist_ok=True)
@@ -58,6 +75,8 @@ def main() -> None:
     )
     (args.out / "world.json").write_text(config.model_dump_json(indent=2) + "\n")
     shutil.copyfile(args.weights, args.out / "weights.safetensors")
+    if args.curves:
+        plot(args.curves)
     for scenario in SCENARIOS:
         Image.fromarray(record(scenario.name, args.seed)).save(args.out / "starts" / f"{scenario.name}.png")
 

@@ -211,7 +211,7 @@ class Attempt:
         """Lets live streams end, `timeout` seconds long; then kills."""
         if self.guard.poll() is None and self.probe:
             self.probe.close()
-            with contextlib.suppress(BrokenPipeError):
+            with contextlib.suppress(BrokenPipeError, ValueError):  # ValueError: `kill` from another thread was faster
                 self.guard.stdin.write(b"T")
                 self.guard.stdin.flush()
             with contextlib.suppress(subprocess.TimeoutExpired):
