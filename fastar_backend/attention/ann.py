@@ -39,19 +39,21 @@ def prepare(x: Tensor, config: AttentionConfig) -> Tensor:
 
 
 def nearest(probe: Tensor, keys: Tensor, valid: Tensor, config: AttentionConfig) -> Tensor:
-    """For each probe [heads, n, dim] the index [heads, n] of its nearest key [heads, m, dim] by cosine; both prepared.
+    """For each probe [heads, n, dim] the index [heads, n] of its nearest key [heads, m, dim] by cosine; both prepared
+    and finite.
 
     valid: [heads, m] bool. Where no key is found (no valid one; with LSH: none in its buckets) the index is -1.
     """
     if config.index == "lsh":
         return _nearest_lsh(probe, keys, valid, config)
-    scores = torch.bmm(probe, keys.transpose(1, 2)).masked_fill_(~valid[:, None], -torch.inf)
-    best, index = scores.max(-1)
-    return torch.where(best > -torch.inf, index, -1)
+    excluded = torch.zeros(valid.shape, device=keys.device).masked_fill_(~valid, -torch.inf)
+    index = torch.baddbmm(excluded[:, None], probe, keys.transpose(1, 2)).argmax(-1)
+    return torch.where(valid.any(-1, keepdim=True), index, -1)
 
 
 def top1(probe: Tensor, keys: Tensor, valid: Tensor, config: AttentionConfig) -> Tensor:
     """`nearest` of vectors not prepared yet."""
+    keys = keys.masked_fill(~valid[..., None], 0.0)  # what is not valid may not even be finite
     return nearest(prepare(probe, config), prepare(keys, config), valid, config)
 
 

@@ -221,7 +221,11 @@ class TempCache(FrameCache):
 
     def _fold(self, entry: Tensor, values: Tensor, count: Tensor, usage: Tensor, lost: Tensor) -> Tensor:
         """Adds the entries where `lost` to their nearest groups; all [heads, n, ...]. Returns the slots [heads, n]."""
-        slots = self.slots
+        slots, everyone = self.slots, lost.shape
+        # Only as many rows as the head with the most losers has: they come first.
+        first = lost.to(torch.uint8).argsort(dim=-1, descending=True, stable=True)[:, : int(lost.sum(1).max())]
+        entry, values = _rows(entry, first), _rows(values, first)
+        count, usage, lost = (x.gather(1, first) for x in (count, usage, lost))
         target = ann.nearest(entry, self.index, self.count > 0, self.config)
         heads, entries = (lost & (target >= 0)).nonzero(as_tuple=True)
         flat = heads * slots + target[heads, entries]
@@ -233,7 +237,7 @@ class TempCache(FrameCache):
         self.values[:, :slots] = mean.unflatten(0, (-1, slots)).to(self.shape.dtype)
         self.count.view(-1).copy_(total)
         self.usage[:, :slots] += torch.zeros_like(old).index_add_(0, flat, usage[heads, entries]).view(-1, slots)
-        return target
+        return torch.full(everyone, -1, device=target.device).scatter(1, first, torch.where(lost, target, -1))
 
 
 def _rows(x: Tensor, index: Tensor) -> Tensor:
