@@ -41,7 +41,6 @@ def main(frames: int = 240, scenarios: int = 6, world: str = "doom", out: Path =
     others = {
         "FAST-AR": engine.attention,
         "window": AttentionConfig(kind="window", budget_frames=budget),
-        "window + 1 sink": AttentionConfig(kind="window", budget_frames=budget, sink_frames=1),
     }
     curves: dict[str, list[list[float]]] = {name: [] for name in others}
     density, recall = [], []
