@@ -155,7 +155,6 @@ def plot(runs: dict[str, list[dict]], path: Path, dense_seconds: float) -> None:
 def run(
     frames: int = 2880,
     dense_seconds: float = 120.0,
-    window_frames: int = 720,
     world: str = "doom",
     device: str = "cpu",
     threads: int = 2,
