@@ -2,7 +2,7 @@
 
 A latent frame is two video frames, 2 tics apart, under one action; so one action lasts 4 tics (35 tics a second).
 The player is a random walker made to revisit places: actions are held for a few steps, it often spins a full turn
-or looks away and back, so that what was seen long ago becomes visible again.
+or looks away and back, so that what was seen long ago becomes visible again; at a wall it mostly turns away.
 """
 
 from __future__ import annotations
@@ -18,6 +18,7 @@ BUTTONS = ("forward", "backward", "left", "right", "turn_left", "turn_right", "a
 HEIGHT, WIDTH = 64, 96
 FRAMES_PER_LATENT = 2
 TICS_PER_FRAME = 2
+STUCK = 1.5  # mean change of the pixels between two frames below which a walker has met a wall
 
 
 @dataclasses.dataclass(frozen=True)
@@ -111,15 +112,15 @@ def behaviour(scenario: Scenario, rng: np.random.Generator):
                 "forward": "backward", "backward": "forward"}  # fmt: skip
     while True:
         kind = rng.random()
-        if kind < 0.10:
+        if kind < 0.03:
             yield from [str(rng.choice(["turn_left", "turn_right"]))] * int(rng.integers(16, 56))
-        elif kind < 0.25:
+        elif kind < 0.10:
             away, length = str(rng.choice(list(opposite))), int(rng.integers(4, 24))
             yield from [away] * length
             yield from [""] * int(rng.integers(0, 4))
             yield from [opposite[away]] * length
         else:
-            yield from [str(rng.choice(names, p=odds))] * int(rng.integers(1, 9))
+            yield from [str(rng.choice(names, p=odds))] * int(rng.integers(1, 13))
 
 
 def episodes(scenario: Scenario, latent_frames: int, seed: int, longest: int = 512):
@@ -128,11 +129,14 @@ def episodes(scenario: Scenario, latent_frames: int, seed: int, longest: int = 5
     game, found, total = Game(scenario.name, seed), [], 0
     while total < latent_frames:
         game.reset()
-        frames, actions = [], []
-        for name in behaviour(scenario, rng):
+        frames, actions, walker, detour = [], [], behaviour(scenario, rng), []
+        while True:
+            name = detour.pop() if detour else next(walker)
             pair = game.step(vector(name))
             if pair is None or len(actions) == longest or total + len(actions) >= latent_frames:
                 break
+            if "ward" in name and np.abs(pair[1].astype(np.int16) - pair[0]).mean() < STUCK and rng.random() < 0.5:
+                detour = [str(rng.choice(["turn_left", "turn_right"]))] * int(rng.integers(6, 20))
             frames += pair
             actions.append(vector(name))
         if len(actions) >= 8:

@@ -4,7 +4,8 @@ The sequence is [clean frames | noisy frames]; noisy chunk i sees the clean chun
 sees clean chunks up to itself: exactly what the cached sampler computes chunk by chunk (tests compare the two).
 Temporal distance is counted from the query's chunk and clamped (`rope_max_distance`), which rotary positions alone
 cannot express; so each key stands there twice, once with its own position for near queries and once with none for far
-ones, the query carrying both rotations in separate head dimensions."""
+ones, the query carrying both rotations in separate head dimensions. One more dimension can add a bias to all far keys:
+log(n) acts as if each of them had been seen n times."""
 
 from __future__ import annotations
 
@@ -52,6 +53,7 @@ class WholeSequence:
         self.config, self.frames, self.chunk = config, frames, chunk
         tokens, reach = config.frame_tokens, config.rope_max_distance
         self.time_dim = config.rope_split[0]
+        self.far_bias: Tensor | None = None  # [B], added to the logits of keys beyond the clamp
         frame = torch.arange(frames, device=device).repeat_interleave(tokens).repeat(2)
         far = frame % chunk + reach
         rates = rope_rates(self.time_dim, config.rope_theta).to(device)
@@ -75,12 +77,16 @@ class WholeSequence:
         kind = value.dtype
         q_time, q_space = query[..., :time], query[..., time:]
         k_time, k_space = key[..., :time], key[..., time:]
-        q = torch.cat([q_space, rotate(q_time, self.cos[0], self.sin[0]), rotate(q_time, self.cos[1], self.sin[1])], -1)
-        near = torch.cat([k_space, rotate(k_time, self.cos[0], self.sin[0]), torch.zeros_like(k_time)], -1)
-        far = torch.cat([k_space, torch.zeros_like(k_time), k_time], -1)[:, :length]
+        scale = self.config.head_dim**-0.5
+        one = torch.ones_like(q_time[..., :1])
+        q = torch.cat(
+            [q_space, rotate(q_time, self.cos[0], self.sin[0]), rotate(q_time, self.cos[1], self.sin[1]), one], -1
+        )
+        near = torch.cat([k_space, rotate(k_time, self.cos[0], self.sin[0]), torch.zeros_like(k_time), 0 * one], -1)
+        bias = 0 * one if self.far_bias is None else one * (self.far_bias / scale).to(one.dtype)[:, None, None, None]
+        far = torch.cat([k_space, torch.zeros_like(k_time), k_time, bias], -1)[:, :length]
         k = torch.cat([near, far], 1)
         v = torch.cat([value, value[:, :length]], 1)
-        scale = self.config.head_dim**-0.5
         if value.device.type == "cuda":
             pad = -q.shape[-1] % 128
             q, k, v = (t.to(kind).transpose(1, 2) for t in (F.pad(q, (0, pad)), F.pad(k, (0, pad)), v))

@@ -35,6 +35,7 @@ MODEL = ModelConfig(
 SAMPLER = SamplerConfig(
     steps=(1000.0, 750.0, 500.0), shift=3.0, context_noise=0.1, latent_frames_per_chunk=2, unit_latents=True
 )
+MOST_REPEATS = 16
 PROMPTS_EACH = 48  # phrasings drawn per scenario for one stage
 
 
@@ -138,14 +139,17 @@ class Trainer:
     @torch.no_grad()
     def own_context(self, sequence, prompts, clean: Tensor, actions: Tensor, rounds: int) -> Tensor:
         """The model's own few-step predictions of all chunks at once, `rounds` times over: errors pile up in the
-        context as they do in a rollout."""
+        context as they do in a rollout. Each round runs the sampler's first step and a random share of the others:
+        cheaper than all, and the context's sharpness varies."""
         batch, frames = clean.shape[:2]
         context, chunk = clean, SAMPLER.latent_frames_per_chunk
         for _ in range(rounds):
             level = torch.full((batch, frames), SAMPLER.context_noise, device=self.device)
             noised = add_noise(context, level)
             x0 = torch.zeros_like(clean)
-            for sigma in SAMPLER.sigmas:
+            for step, sigma in enumerate(SAMPLER.sigmas):
+                if step and self.windows.rng.random() < 0.5:
+                    continue
                 s = torch.full((batch, frames), sigma, device=self.device)
                 x0 = self.predict(sequence, prompts, noised, level, add_noise(x0, s), s, actions)
             x0 = unit_rms(x0, 2)
@@ -174,6 +178,9 @@ class Trainer:
             context = clean
             if rounds:
                 context = self.own_context(sequence, prompts, clean, actions, rounds)
+            # As if what lies beyond the temporal clamp had been seen many times: histories far longer than windows.
+            repeats = torch.rand(size, device=self.device) * math.log(MOST_REPEATS)
+            sequence.far_bias = repeats * (torch.rand(size, device=self.device) < 0.5)
             level = 0.3 * torch.rand(size, 1, device=self.device) * (torch.rand(size, 1, device=self.device) < 0.7)
             level = level.expand(size, frames) if not rounds else level.mul(2 / 3).expand(size, frames)
             u = torch.rand(size, frames // chunk, device=self.device)
@@ -185,29 +192,40 @@ class Trainer:
         weight = 1 / sigma.clamp(min=0.3)
         return ((x0 - clean).square().mean((2, 3, 4)) * weight).mean()
 
+    def optimisers(self, rate: float) -> list[torch.optim.Optimizer]:
+        """Muon for the matrices of the blocks, AdamW for all else (Jordan et al. 2024; learning rates of one scale)."""
+        matrices = [p for p in self.world.dit.blocks.parameters() if p.ndim == 2]
+        chosen = {id(p) for p in matrices}
+        others = [p for p in [*self.world.dit.parameters(), *self.world.text.parameters()] if id(p) not in chosen]
+        fused = self.device.type == "cuda"
+        return [
+            torch.optim.Muon(matrices, lr=rate, weight_decay=0.02, adjust_lr_fn="match_rms_adamw"),
+            torch.optim.AdamW(others, lr=rate, betas=(0.9, 0.98), weight_decay=0.02, fused=fused),
+        ]
+
     def run(self, seconds: float, plan, rate: float, warm: int, log=print) -> dict[str, list]:
         """plan(progress 0..1) -> (batch, frames, rounds). Leaves the averaged weights in the model."""
         parameters = [*self.world.dit.parameters(), *self.world.text.parameters()]
-        optimiser = torch.optim.AdamW(parameters, lr=rate, betas=(0.9, 0.98), weight_decay=0.02,
-                                      fused=self.device.type == "cuda")  # fmt: skip
+        optimisers = self.optimisers(rate)
         average = [p.detach().clone() for p in parameters]
         curves: dict[str, list] = {"step": [], "seconds": [], "loss": [], "frames": [], "rounds": []}
         began, step, recent = time.monotonic(), 0, []
         while (elapsed := time.monotonic() - began) < seconds:
             done = elapsed / seconds
-            for group in optimiser.param_groups:
+            for group in (group for optimiser in optimisers for group in optimiser.param_groups):
                 group["lr"] = rate * min(1, (step + 1) / warm) * (0.04 + 0.96 * 0.5 * (1 + math.cos(math.pi * done)))
             size, frames, rounds = plan(done)
             loss = self.loss(size, frames, rounds)
             loss.backward()
             nn.utils.clip_grad_norm_(parameters, 1.0)
-            optimiser.step()
-            optimiser.zero_grad(set_to_none=True)
+            for optimiser in optimisers:
+                optimiser.step()
+                optimiser.zero_grad(set_to_none=True)
             decay = min(0.998, (step + 1) / (step + 20))
             torch._foreach_lerp_(average, [p.detach() for p in parameters], 1 - decay)
             step += 1
             recent.append(loss.detach())
-            if step % 100 == 0 or step <= 2:
+            if step % 200 == 0 or step in (1, 20):
                 value = torch.stack(recent).mean().item()
                 recent = []
                 for name, item in zip(curves, (step, elapsed, value, frames, rounds), strict=True):
@@ -299,11 +317,11 @@ def main() -> None:
     trainer = Trainer(world, windows, device)
 
     def context_plan(done: float):
-        return (6 * scale, short, 0) if done < 0.55 else (2 * scale, 3 * short, 0)
+        return (3 * scale, short, 0) if done < 0.75 else (scale, 3 * short, 0)
 
     def own_plan(done: float):
         rounds = int(torch.randint(0, 4, ()))
-        return 2 * scale, 3 * short, rounds
+        return (3 * scale, short, rounds) if torch.rand(()) < 0.6 else (scale, 3 * short, rounds)
 
     stage("context", lambda: trainer.run(args.context_seconds, context_plan, 1e-3, 200, log))
     if args.until == "context":
