@@ -122,6 +122,7 @@ class Trainer:
         self.sequences: dict[int, WholeSequence] = {}
         self.autocast = torch.autocast(device.type, torch.bfloat16, enabled=device.type == "cuda")
         if device.type == "cuda":  # block by block: all layers share one compilation per window length
+            torch._dynamo.config.cache_size_limit = 64
             for block in world.dit.blocks:
                 block.compile(dynamic=False)
 
@@ -263,7 +264,7 @@ def main() -> None:
     cli.add_argument("--context-seconds", type=float, default=390, help="stage 1: true context")
     cli.add_argument("--own-seconds", type=float, default=400, help="stage 2: the model's own context")
     cli.add_argument("--decoder-seconds", type=float, default=50)
-    cli.add_argument("--until", choices=("autoencoder", "context", "decoder"), default="decoder", help="last stage")
+    cli.add_argument("--until", choices=("autoencoder", "context", "own"), help="last stage, instead of the decoder's")
     cli.add_argument("--tiny", action="store_true")
     args = cli.parse_args()
     args.out.mkdir(parents=True, exist_ok=True)
@@ -317,16 +318,18 @@ def main() -> None:
     trainer = Trainer(world, windows, device)
 
     def context_plan(done: float):
-        return (3 * scale, short, 0) if done < 0.75 else (scale, 3 * short, 0)
+        return (6 * scale, short, 0) if done < 0.75 else (2 * scale, 3 * short, 0)
 
     def own_plan(done: float):
         rounds = int(torch.randint(0, 4, ()))
-        return (3 * scale, short, rounds) if torch.rand(()) < 0.6 else (scale, 3 * short, rounds)
+        return (6 * scale, short, rounds) if torch.rand(()) < 0.6 else (2 * scale, 3 * short, rounds)
 
     stage("context", lambda: trainer.run(args.context_seconds, context_plan, 1e-3, 200, log))
     if args.until == "context":
         return
-    stage("own", lambda: trainer.run(args.own_seconds, own_plan, 4e-4, 50, log))
+    stage("own", lambda: trainer.run(args.own_seconds, own_plan, 5e-4, 50, log))
+    if args.until == "own":
+        return
 
     def decoder_stage():
         pool: dict[str, Tensor] = {}

@@ -10,7 +10,7 @@ from fastar_backend.attention import CacheShape, TextCache, make_cache
 from fastar_backend.attention.batch import StreamsAttend, StreamsAttendText
 from fastar_backend.config import AttentionConfig, ModelConfig
 from fastar_backend.model.dit import CausalDiT
-from training.parallel import WholeSequence
+from training.parallel import WholeSequence, _ChunkAttention
 
 SIGMA, CONTEXT_SIGMA = 0.7, 0.1
 
@@ -29,10 +29,10 @@ def model_of(**values) -> CausalDiT:
 
 
 def error(a: torch.Tensor, b: torch.Tensor) -> float:
-    return float((a - b).norm() / b.norm())
+    return ((a - b).norm() / b.norm()).item()
 
 
-@pytest.mark.parametrize(("chunk", "chunks", "reach"), [(1, 7, 3), (2, 5, 3), (2, 6, 1), (3, 4, 4), (2, 2, 18)])
+@pytest.mark.parametrize(("chunk", "chunks", "reach"), [(1, 7, 3), (2, 5, 4), (2, 6, 2), (3, 4, 3), (2, 2, 18)])
 @pytest.mark.parametrize("action_dim", [3, 0])
 def test_streaming_is_the_whole_sequence(chunk, chunks, reach, action_dim):
     """Noisy chunk i over a cache of clean chunks < i = the noisy half of [clean | noisy] under the training mask."""
@@ -94,3 +94,52 @@ def test_history_actions_text_and_noise_level_all_matter():
     assert error(run(sigma=inputs["sigma"] + 0.1), run()) > 1e-3
     assert error(run(actions=-inputs["actions"]), run()) > 1e-3
     assert error(run(text=-text), run()) > 1e-3
+
+
+def plain_chunks(q, own, near, far, v, far_bias):
+    """What `_ChunkAttention` computes, query chunk by query chunk, one softmax over all it may see."""
+    outputs = []
+    reach = near.shape[2]
+    for chunk in range(q.shape[1]):
+        rows = []
+        for half in range(2):
+            recent = range(max(chunk - reach, 0), chunk)
+            keys = [near[:, c, chunk - c - 1] for c in recent] + [own[:, chunk, :, half]]
+            values = [v[:, c, :, 0] for c in recent] + [v[:, chunk, :, half]]
+            biases = [torch.zeros(len(q), 1, 1, k.shape[-2], dtype=q.dtype) for k in keys]
+            seen = max(chunk - reach, 0)
+            if seen:
+                keys.append(far[:, :, : seen * q.shape[-2]])
+                values += [v[:, c, :, 0] for c in range(seen)]
+                biases.append(far_bias[:, None, None, None].expand(-1, 1, 1, keys[-1].shape[-2]))
+            logits = q[:, chunk, :, half] @ torch.cat(keys, -2).mT * q.shape[-1] ** -0.5 + torch.cat(biases, -1)
+            rows.append(logits.softmax(-1) @ torch.cat(values, -2))
+        outputs.append(torch.stack(rows, 2))
+    return torch.stack(outputs, 1)
+
+
+@pytest.mark.parametrize(("chunks", "reach", "n"), [(6, 3, 10), (5, 1, 7), (2, 3, 4)])
+def test_merged_parts_are_one_softmax_and_so_are_their_gradients(chunks, reach, n):
+    torch.manual_seed(4)
+    batch, heads, dim = 2, 3, 8
+    shapes = {
+        "q": (batch, chunks, heads, 2, n, dim), "own": (batch, chunks, heads, 2, n, dim),
+        "near": (batch, chunks, reach, heads, n, dim), "far": (batch, heads, chunks * n, dim),
+        "v": (batch, chunks, heads, 2, n, dim),
+    }  # fmt: skip
+    inputs = [torch.randn(shape, requires_grad=True) for shape in shapes.values()]
+    bias, weight = torch.tensor([0.0, 2.0]), torch.randn(shapes["q"])
+    got = _ChunkAttention.apply(*inputs, bias)
+    got_grads = torch.autograd.grad((got * weight).sum(), inputs)
+    exact = [t.detach().double().requires_grad_() for t in inputs]
+    want = plain_chunks(*exact, bias.double())
+    grads = torch.autograd.grad((want * weight).sum(), exact, allow_unused=True)
+    assert error(got, want) < 1e-5
+    for name, a, b in zip(shapes, got_grads, grads, strict=True):
+        if b is not None:
+            assert error(a, b) < 1e-5, name
+
+
+def test_a_clamp_that_cuts_a_chunk_is_refused():
+    with pytest.raises(ValueError, match="got 3; allowed: a multiple of 2"):
+        WholeSequence(model_of(rope_max_distance=3).config, 4, 2, torch.device("cpu"))
