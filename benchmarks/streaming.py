@@ -50,6 +50,10 @@ def worker(world: str, device: str, attention: str, frames: int, seconds: float,
     latent_frames = engine.shape.chunk_frames
     process = psutil.Process()
     engine.open(1, PROMPT, StreamOptions(seed=1, start="my_way_home"))
+
+    def memory() -> int:
+        return torch.cuda.memory_allocated() if device == "cuda" else process.memory_info().rss
+
     began, frame, chunk = time.monotonic(), 0, 0
     while frame < frames and time.monotonic() - began < seconds:
         if device == "cuda":
@@ -58,8 +62,7 @@ def worker(world: str, device: str, attention: str, frames: int, seconds: float,
         (result,) = engine.step([ChunkRequest(1, action_of(chunk, latent_frames))])
         elapsed = time.perf_counter() - start  # frames are on the CPU: the step is over
         frame, chunk = frame + result.stats.frames, chunk + 1
-        memory = torch.cuda.memory_allocated() if device == "cuda" else process.memory_info().rss
-        row = {"frame": frame, "seconds": elapsed, "memory": memory, "cache_bytes": result.stats.cache_bytes,
+        row = {"frame": frame, "seconds": elapsed, "memory": memory(), "cache_bytes": result.stats.cache_bytes,
                "density": result.stats.density, "tokens": result.stats.cache_tokens}  # fmt: skip
         print(json.dumps(row), flush=True)
     if config.kind == "dense":
@@ -68,7 +71,7 @@ def worker(world: str, device: str, attention: str, frames: int, seconds: float,
             for _ in range(3):
                 start = time.perf_counter()
                 (result,) = engine.step([ChunkRequest(1, ("forward",))])
-                row = {"frame": mark, "seconds": time.perf_counter() - start, "memory": process.memory_info().rss,
+                row = {"frame": mark, "seconds": time.perf_counter() - start, "memory": memory(),
                        "cache_bytes": result.stats.cache_bytes, "density": 1.0, "tokens": result.stats.cache_tokens,
                        "filled": True}  # fmt: skip
                 print(json.dumps(row), flush=True)

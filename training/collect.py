@@ -25,6 +25,7 @@ STUCK = 1.5  # mean change of the pixels between two frames below which a walker
 class Scenario:
     name: str
     held: dict[str, float]  # relative odds of each held action
+    share: float = 1.0  # of the play recorded: the scenarios with more to learn get more
 
 
 WALK = {"forward": 4, "forward+turn_left": 2, "forward+turn_right": 2, "turn_left": 2, "turn_right": 2, "backward": 1,
@@ -36,9 +37,9 @@ STRAFE = {"left": 3, "right": 3, "": 1, "attack": 1.5, "left+attack": 1, "right+
 CORRIDOR = {"forward": 4, "backward": 3, "left": 1, "right": 1, "turn_left": 1, "turn_right": 1, "attack": 1.5,
             "forward+attack": 1, "": 0.5}  # fmt: skip
 SCENARIOS = (
-    Scenario("my_way_home", WALK),
+    Scenario("my_way_home", WALK, 2.5),
     Scenario("basic", STRAFE),
-    Scenario("deadly_corridor", CORRIDOR),
+    Scenario("deadly_corridor", CORRIDOR, 1.5),
     Scenario("health_gathering", WALK),
     Scenario("defend_the_center", STAND),
     Scenario("take_cover", STRAFE),
@@ -155,9 +156,9 @@ def collect(latent_frames_each: int, workers: int, seed: int = 0) -> dict[str, n
     """Plays all scenarios in parallel. Returns frames [N, 2, 64, 96, 3], actions [N, 7], scenario [N], episode [N]."""
     parts = max(1, workers // len(SCENARIOS)) + 1
     jobs = [
-        (index, latent_frames_each // parts, seed * 1000 + 17 * part + index)
+        (index, int(latent_frames_each * scenario.share) // parts, seed * 1000 + 17 * part + index)
         for part in range(parts)
-        for index in range(len(SCENARIOS))
+        for index, scenario in enumerate(SCENARIOS)
     ]
     frames, actions, scenario, episode = [], [], [], []
     with multiprocessing.get_context("spawn").Pool(workers) as pool:
