@@ -60,7 +60,7 @@ def main() -> None:
     cli.add_argument("--weights", type=Path, required=True)
     cli.add_argument("--out", type=Path, required=True)
     cli.add_argument("--curves", type=Path, help="curves.json of the training: also drawn to <its name>.png")
-    cli.add_argument("--seed", type=int, default=90001, help="of the game; not one used for training")
+    cli.add_argument("--seed", type=int, default=90010, help="of the game; not one used for training")
     args = cli.parse_args()
     (args.out / "starts").mkdir(parents=True, exist_ok=True)
     config = WorldConfig(

@@ -140,7 +140,8 @@ class TempCache(FrameCache):
         # Newcomers that join no group: the most used of them replace free slots, then the least used groups.
         rank = usage.masked_fill(joins, -2.0)
         worth, newcomer = rank.sort(-1, descending=True)
-        taken = torch.zeros_like(held).scatter_reduce(1, found, joins, "amax", include_self=True)
+        joiners = torch.zeros_like(self.count).scatter_add_(1, found, joins.to(self.count.dtype))
+        taken = joiners > 0
         price = torch.where(held, self.usage[:, :slots], -1.0).masked_fill(taken, torch.inf)
         # Free slots are filled from the last one backwards, so that those in use are a contiguous stretch.
         order = torch.where(held, price, -1 - torch.arange(slots, device=shape.device) / slots).argsort(-1)

@@ -97,6 +97,8 @@ def _environment(settings: ServeSettings, installation: Installation) -> dict[st
         environment["LD_LIBRARY_PATH"] = os.pathsep.join(filter(None, libraries))
     for name in ("OMP_NUM_THREADS", "MKL_NUM_THREADS", "OPENBLAS_NUM_THREADS"):
         environment[name] = str(settings.threads)
-    # Threads that spin at barriers starve each other when the client, or anything else, shares the cores.
-    environment.setdefault("OMP_WAIT_POLICY", "PASSIVE")
+    # Threads that spin long at barriers starve each other when the client, or anything else, shares the cores; threads
+    # that never spin lose half the speed on idle ones (docs/decisions.md).
+    if "OMP_WAIT_POLICY" not in environment:
+        environment.setdefault("GOMP_SPINCOUNT", "1000")
     return environment
