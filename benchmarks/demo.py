@@ -171,7 +171,7 @@ def main(
     text = report(runs, frames, dense_seconds)
     (out / "report.md").write_text(text)
     write_json(out / "timings.json", {name: run[0].as_json() for name, run in runs.items()})
-    say(text)
+    say(text, markup=False)
     say(f"[bold green]Look at[/] {out}/video.mp4, {out}/contact.png, {out}/fps_and_memory.png, {out}/report.md")
 
 
