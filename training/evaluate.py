@@ -95,12 +95,25 @@ def history(engine: StreamEngine, out: Path, runs: int, latent_frames: int, name
                 continue
             prompt = engine.world.config.scenarios[scenario.name].prompt
             found = predictions(engine, policies, prompt, frames, moves, wanted)
-            rows += [{**row, "scenario": scenario.name} for row in found]
+            rows += [{**row, "scenario": scenario.name, "run": run} for row in found]
             print(
                 scenario.name, run, {k: round(v[0], 2) for k, v in by(found, lambda r: r["policy"]).items()}, flush=True
             )
     save(out / "history.json", rows)
-    means = by(rows, lambda r: r["policy"])
+    plot_history(rows, windows, latent_frames, out / "history.png")
+
+
+def plot_history(rows: list[dict], windows: list[int], latent_frames: int, path: Path) -> None:
+    """Error bars: standard errors over the chunks after each chunk's own mean over the policies was taken off."""
+    chunks: dict[tuple, dict[str, float]] = {}
+    for row in rows:
+        chunks.setdefault((row["scenario"], row.get("run"), row["chunk"]), {})[row["policy"]] = row["psnr"]
+    table = {
+        name: np.array([chunk[name] for chunk in chunks.values()]) for name in (*map(str, windows), "all", "fastar")
+    }
+    level = np.mean(list(table.values()), 0)
+    mean = {name: float(values.mean()) for name, values in table.items()}
+    error = {name: float((values - level).std() / len(values) ** 0.5) for name, values in table.items()}
     import matplotlib
 
     matplotlib.use("Agg")
@@ -109,11 +122,13 @@ def history(engine: StreamEngine, out: Path, runs: int, latent_frames: int, name
     figure, axis = plt.subplots(figsize=(6, 4), layout="constrained")
     names = [*map(str, windows), "all"]
     places = [2 * w for w in windows] + [2 * (latent_frames - 8)]
-    axis.errorbar(places, [means[n][0] for n in names], [means[n][1] for n in names], marker="o", label="whole window")
-    axis.axhline(means["fastar"][0], color="C1", label=f"FAST-AR, {policies['fastar'].budget_frames} latent frames")
+    axis.errorbar(
+        places, [mean[n] for n in names], [error[n] for n in names], marker="o", capsize=3, label="whole window"
+    )
+    axis.axhline(mean["fastar"], color="C1", label=f"FAST-AR, {AttentionConfig().budget_frames} latent frames")
     axis.set(xscale="log", xlabel="history (video frames)", ylabel="PSNR against the true next 4 frames (dB)")
     axis.legend()
-    figure.savefig(out / "history.png", dpi=120)
+    figure.savefig(path, dpi=120)
 
 
 def revisit(engine: StreamEngine, out: Path, runs: int) -> None:
