@@ -33,8 +33,9 @@ import matplotlib.pyplot as plt  # noqa: E402
 
 say = Console(highlight=False).print
 SCRIPT = (
-    ("forward",) * 8 + ("turn_left",) * 6 + ("forward",) * 6 + ("turn_right",) * 9 + ("left",) * 4 + ("attack",) * 2
-)
+    ("forward",) * 5 + ("turn_left",) * 9 + ("forward",) * 4 + ("turn_right",) * 6 + ("left",) * 4 + ("attack",) * 2
+    + ("turn_left",) * 7
+)  # fmt: skip
 SCENES = ("my_way_home", "health_gathering", "defend_the_center", "take_cover", "deadly_corridor", "basic")
 
 
@@ -145,7 +146,7 @@ def report(runs: dict, frames: int, limit: float) -> str:
 
 
 def main(
-    frames: Annotated[int, typer.Option(min=8, help="Video frames with FAST-AR (2880: two minutes at 24 FPS).")] = 960,
+    frames: Annotated[int, typer.Option(min=8, help="Video frames with FAST-AR (2880: two minutes at 24 FPS).")] = 1440,
     dense_seconds: Annotated[float, typer.Option(min=1, help="Time limit of the dense stream.")] = 75.0,
     out: Annotated[Path, typer.Option(help="Where the files go.")] = Path("out"),
     attention: Annotated[str, typer.Option(help="JSON of AttentionConfig for the FAST-AR stream.")] = "{}",
