@@ -26,7 +26,8 @@ MAY_IMPORT = {
     "fastar_backend.attention": ("config", "errors", "model.layers", "attention"),
     "fastar_backend.model": ("config", "errors", "model"),
     "fastar_backend.engine": ("config", "errors", "attention", "model", "engine"),
-    "fastar_backend.serve": ("config", "errors", "engine", "model", "attention", "serve"),
+    "fastar_backend.service": ("config", "errors", "engine", "service"),
+    "fastar_backend.serve": ("config", "errors", "service.config", "serve"),
     "fastar_backend.cli": ("",),
     "fastar_backend": (),
 }
