@@ -26,9 +26,25 @@ class UnknownStream(FastarError):
 
 
 class AtCapacity(FastarError):
-    """No slot or memory is left for another stream."""
+    """No slot, memory or time is left for another stream. reason: one word, for metrics."""
 
     code = "RESOURCE_EXHAUSTED"
+
+    def __init__(self, message: str, reason: str = "streams") -> None:
+        super().__init__(message)
+        self.reason = reason
+
+
+class Stopping(FastarError):
+    """The server takes no new work."""
+
+    code = "UNAVAILABLE"
+
+
+class Superseded(FastarError):
+    """Another sequence took the stream over."""
+
+    code = "CANCELLED"
 
 
 class WeightsError(FastarError):

@@ -1,4 +1,4 @@
-"""Every limit of the service in one place. The defaults are meant to work; `fastar serve --config FILE` changes them."""
+"""Every limit of the service in one place. The defaults work; `fastar serve --config FILE` changes them."""
 
 from __future__ import annotations
 

@@ -1,48 +1,41 @@
-"""The Triton edge: requests -> `ChunkRequest`s -> one engine step -> responses. Protocol: docs/structure.md."""
+"""The Triton edge: requests -> the service's `Request`s; `Reply`s -> responses. Protocol: docs/structure.md."""
 
 from __future__ import annotations
 
 import ctypes
-import dataclasses
 import json
 import os
 import threading
-import traceback
 from typing import Any
 
-import psutil
 import torch
 import triton_python_backend_utils as pb_utils
+from fastar_backend.service.store import SnapshotStore
+from fastar_backend.service.telemetry import Metrics, Tracing, triton_factory
 
 from fastar_backend.config import AttentionConfig, parse
 from fastar_backend.engine.engine import StreamEngine
-from fastar_backend.engine.stream import Chunk, ChunkRequest, ChunkStats, StreamOptions
-from fastar_backend.errors import FastarError, InvalidInput
+from fastar_backend.errors import InvalidInput
+from fastar_backend.service.config import ServiceConfig
+from fastar_backend.service.report import as_fastar_error
+from fastar_backend.service.service import Service
+from fastar_backend.service.session import Reply, Request, json_object
 
-LIMITS = {"ACTIONS": (64, 256), "PROMPT": (1, 4096), "OPTIONS": (1, 8192)}  # elements, bytes of each
-IDLE_MARGIN = 5.0  # seconds that a stream outlives Triton's idle limit, so that Triton is the first to forget it
+LIMITS = {"ACTIONS": (64, 256), "PROMPT": (1, 4096), "OPTIONS": (1, 8192), "CONTROL": (1, 8192)}  # elements, bytes each
+HEADER = 64  # bytes of a request header that we read
 STATUS = {  # names in pb_utils.TritonError, which knows no RESOURCE_EXHAUSTED; the rest is INTERNAL
     "INVALID_ARGUMENT": "INVALID_ARG",
     "NOT_FOUND": "NOT_FOUND",
     "RESOURCE_EXHAUSTED": "UNAVAILABLE",
+    "UNAVAILABLE": "UNAVAILABLE",
+    "CANCELLED": "CANCELLED",
 }
-NOTHING = ChunkStats(-1, 0, 0, 0.0, 0, 0.0, None, 0.0, 0.0, 0.0, 0, False)  # of a request that generates no chunk
-
-
-@dataclasses.dataclass(frozen=True)
-class Call:
-    """One request, read. `chunk` is None where nothing is to be generated."""
-
-    stream_id: int
-    starts: bool
-    ends: bool
-    chunk: ChunkRequest | None = None
-    error: FastarError | None = None
+FINAL = pb_utils.TRITONSERVER_RESPONSE_COMPLETE_FINAL
 
 
 class TritonPythonModel:
     def initialize(self, args: dict[str, str]) -> None:
-        """Loads and warms the engine up, so that the model is not ready before; raises TritonModelException."""
+        """Loads, warms up and measures, so that the model is not ready before; raises TritonModelException."""
         config = json.loads(args["model_config"])
         settings = {key: value["string_value"] for key, value in config["parameters"].items()}
         settings = {key: os.environ.get(f"FASTAR_{key.upper()}", value) for key, value in settings.items()}
@@ -52,98 +45,103 @@ class TritonPythonModel:
             text = settings["attention"]
             values = json_object(text, "attention") if text.startswith("{") else {"kind": text}
             attention = parse(AttentionConfig, values, "attention")
-            streams = int(settings["max_streams"])
-            self.engine = StreamEngine.load(settings["world"], settings["device"], attention, streams)
-            seconds = self.engine.warm_up()
+            limits = parse(ServiceConfig, json_object(settings["service"], "service"), "service")
+            engine = StreamEngine.load(
+                settings["world"], settings["device"], attention, limits.max_streams, deterministic=limits.deterministic
+            )
+            store = SnapshotStore(limits.snapshots or "memory://fastar", limits.snapshots_kept, limits.snapshot_ttl)
+            self.service = Service(engine, limits, Metrics(triton_factory(pb_utils)), store, Tracing.from_environment())
         except Exception as error:
             reason = as_fastar_error(error)
             pb_utils.Logger.log_error(f"fastar: cannot load: {reason}")
             raise pb_utils.TritonModelException(str(reason)) from None
-        self.world = self.engine.world_info()
-        self.idle_seconds = config["sequence_batching"]["max_sequence_idle_microseconds"] / 1e6 + IDLE_MARGIN
-        self.process = psutil.Process()
+        world, seconds = self.service.world, self.service.cost(1)
+        self.shape = (0, world["height"], world["width"], 3)
         self.server = os.getppid()
-        self.active = Gauge("fastar_streams_active", "Streams that hold state in this process", 0)
-        self.capacity = Gauge("fastar_streams_capacity", "Streams that this process admits", streams)
-        self.lock = threading.Lock()  # the engine is stepped by Triton's thread and swept by ours
         self.stopping = threading.Event()
-        self.sweeper = threading.Thread(target=self._sweep, name="sweep", daemon=True)
-        self.sweeper.start()
-        pb_utils.Logger.log_info(f"fastar: world {self.world['name']} on {settings['device']}, {seconds:.2f} s a chunk")
+        threading.Thread(target=self._watch, name="watch", daemon=True).start()
+        pb_utils.Logger.log_info(f"fastar: world {world['name']} on {settings['device']}, {seconds:.2f} s a chunk")
 
-    def execute(self, requests: list[Any]) -> list[Any]:
-        with self.lock:
-            calls = [self._admit(request) for request in requests]
-            asked = [call.chunk for call in calls if call.chunk]
+    def execute(self, requests: list[Any]) -> None:
+        for request in requests:
+            sender = request.get_response_sender()
             try:
-                assert len({chunk.stream_id for chunk in asked}) == len(asked), "one stream twice in a batch"
-                done = iter(self.engine.step(asked) if asked else [])
-            except Exception as error:  # a bug, or no memory: what these streams hold is not to be trusted any more
-                done = iter([as_fastar_error(error)] * len(asked))
-            results = [call.error or (next(done) if call.chunk else None) for call in calls]
-            over = [c for c, result in zip(calls, results, strict=True) if c.ends or isinstance(result, FastarError)]
-            self._freed([self.engine.close(call.stream_id) for call in over])
-        return [self._response(call, result) for call, result in zip(calls, results, strict=True)]
+                self.service.submit(self._read(request, sender))
+            except Exception as error:
+                self._answer(sender, Reply(error=as_fastar_error(error)))
 
     def finalize(self) -> None:
         self.stopping.set()
-        self.sweeper.join()
+        self.service.close()
 
-    def _admit(self, request: Any) -> Call:
-        """Reads one request; START opens its stream, anew if the id is live. Failures are in the result."""
-        flags = request.flags()
-        starts = bool(flags & pb_utils.TRITONSERVER_REQUEST_FLAG_SEQUENCE_START)
-        call = Call(request.correlation_id(), starts, bool(flags & pb_utils.TRITONSERVER_REQUEST_FLAG_SEQUENCE_END))
+    def _read(self, request: Any, sender: Any) -> Request:
+        """Raises InvalidInput."""
+        if not isinstance(request.correlation_id(), int):
+            raise InvalidInput("sequence_id", "is text", "an integer, 1..2^63-1")
+        flags, headers = request.flags(), json.loads(request.parameters() or "{}")
+        headers = {key.lower(): value for key, value in headers.items() if isinstance(value, str)}
+        result = Request(
+            request.correlation_id(),
+            lambda reply: self._answer(sender, reply),
+            starts=bool(flags & pb_utils.TRITONSERVER_REQUEST_FLAG_SEQUENCE_START),
+            ends=bool(flags & pb_utils.TRITONSERVER_REQUEST_FLAG_SEQUENCE_END),
+            tenant=headers.get("x-fastar-tenant", "default"),
+            traceparent=headers.get("traceparent", "")[:HEADER] or None,
+            cancelled=sender.is_cancelled,
+        )
         try:
-            if not isinstance(call.stream_id, int):
-                raise InvalidInput("sequence_id", "is text", "an integer, 1..2^63-1")
-            actions, prompts, options = (texts(request, name) for name in LIMITS)
-            if starts:
-                self.engine.close(call.stream_id)
-            if actions == ("end",):
-                return call
-            if starts:
-                values = parse(StreamOptions, json_object(options[0], "OPTIONS"), "OPTIONS")
-                self.engine.open(call.stream_id, prompts[0], values)
-            prompt = None if starts else prompts[0] or None
-            return dataclasses.replace(call, chunk=ChunkRequest(call.stream_id, actions, prompt))
-        except Exception as error:
-            return dataclasses.replace(call, error=as_fastar_error(error))
+            result.actions = texts(request, "ACTIONS")
+            (result.prompt,), (result.options,) = texts(request, "PROMPT"), texts(request, "OPTIONS")
+            if result.actions == ("control",):
+                (result.control,) = texts(request, "CONTROL") or ("",)
+            elif texts(request, "CONTROL"):
+                raise InvalidInput("CONTROL", "came with a chunk's request", 'with ACTIONS "control" only')
+            if result.control is not None and (result.starts or result.ends):
+                raise InvalidInput("CONTROL", "came with START or END", "between them")
+        except InvalidInput as error:
+            self.service.fail(result, error)
+            raise
+        return result
 
-    def _response(self, call: Call, result: Chunk | FastarError | None) -> Any:
-        if isinstance(result, FastarError):
-            status = getattr(pb_utils.TritonError, STATUS.get(result.code, "INTERNAL"))
-            return pb_utils.InferenceResponse(error=pb_utils.TritonError(f"{result.code}: {result}", status))
-        stats = (result.stats if result else NOTHING).as_json()
-        stats["process_bytes"] = self.process.memory_info().rss
-        if call.starts:
-            stats["world"] = self.world
-        frames = torch.zeros((0, self.world["height"], self.world["width"], 3), dtype=torch.uint8)
-        if result:
-            frames = torch.from_numpy(result.frames)
-        encoded = torch.frombuffer(bytearray(json.dumps(stats).encode()), dtype=torch.uint8)
+    def _answer(self, sender: Any, reply: Reply) -> None:
+        if reply.error:
+            status = getattr(pb_utils.TritonError, STATUS.get(reply.error.code, "INTERNAL"))
+            error = pb_utils.TritonError(f"{reply.error.code}: {reply.error}", status)
+            sender.send(pb_utils.InferenceResponse(error=error), flags=FINAL)
+            return
+        frames = torch.zeros(self.shape, dtype=torch.uint8)
+        if reply.frames is not None:
+            frames = torch.from_numpy(reply.frames).contiguous()
         # By DLPack: numpy >= 2 arrays come out of older Triton servers as zero bytes, without an error.
-        outputs = {"FRAMES": frames.contiguous(), "STATS": encoded}
-        return pb_utils.InferenceResponse([pb_utils.Tensor.from_dlpack(k, v[None]) for k, v in outputs.items()])
+        outputs = {
+            "FRAMES": frames,
+            "VIDEO": as_bytes(reply.video),
+            "STATS": as_bytes(json.dumps(reply.stats).encode()),
+        }
+        tensors = [pb_utils.Tensor.from_dlpack(name, value[None]) for name, value in outputs.items()]
+        sender.send(pb_utils.InferenceResponse(tensors), flags=FINAL)
 
-    def _sweep(self) -> None:
-        """Frees streams whose client vanished: of a cancelled or idle sequence Triton tells the model nothing."""
+    def _watch(self) -> None:
         while not self.stopping.wait(1.0):
             if os.getppid() != self.server:  # tritonserver was killed: it takes its model process with it
                 os._exit(1)
-            with self.lock:
-                self._freed(self.engine.sweep(self.idle_seconds))
+            if self.service.freed:
+                self.service.freed = False
+                ctypes.CDLL(None).malloc_trim(0)  # glibc would keep the freed caches for itself
 
-    def _freed(self, closed: list[Any]) -> None:
-        self.active.set(len(self.engine.stream_ids))
-        if any(closed):
-            ctypes.CDLL(None).malloc_trim(0)  # glibc would keep the freed cache for itself
+
+def as_bytes(data: bytes) -> torch.Tensor:
+    return torch.frombuffer(bytearray(data), dtype=torch.uint8) if data else torch.zeros(0, dtype=torch.uint8)
 
 
 def texts(request: Any, name: str) -> tuple[str, ...]:
-    """One BYTES [1, n] input, decoded; raises InvalidInput where it is larger than LIMITS or not UTF-8."""
+    """One BYTES [1, n] input, decoded; () where it is absent. Raises InvalidInput where it is larger than LIMITS or
+    not UTF-8."""
     count, size = LIMITS[name]
-    values = pb_utils.get_input_tensor_by_name(request, name).as_numpy().reshape(-1).tolist()
+    tensor = pb_utils.get_input_tensor_by_name(request, name)
+    if tensor is None:
+        return ()
+    values = tensor.as_numpy().reshape(-1).tolist()
     if not 1 <= len(values) <= count:
         raise InvalidInput(name, f"{len(values)} elements", f"1..{count}")
     if (largest := max(map(len, values))) > size:
@@ -152,36 +150,3 @@ def texts(request: Any, name: str) -> tuple[str, ...]:
         return tuple(value.decode() for value in values)
     except UnicodeDecodeError as error:
         raise InvalidInput(name, f"byte {error.start} is not UTF-8", f"at most {size} bytes of UTF-8") from None
-
-
-def json_object(text: str, field: str) -> dict[str, Any]:
-    """`text` as a JSON object ("" = {}); raises InvalidInput."""
-    try:
-        values = json.loads(text or "{}")
-    except (ValueError, RecursionError):
-        raise InvalidInput(field, "not JSON", "a JSON object, or an empty string for the defaults") from None
-    if not isinstance(values, dict):
-        raise InvalidInput(field, f"JSON {type(values).__name__}", "a JSON object") from None
-    return values
-
-
-def as_fastar_error(error: Exception) -> FastarError:
-    """`error` itself if we raised it on purpose; else one line without details: they are in the server's log."""
-    if isinstance(error, FastarError):
-        return error
-    # Torch and CUDA speak in RuntimeErrors; the message of any other might quote a prompt, which no log may hold.
-    what = f": {error}" if isinstance(error, RuntimeError | OSError | ImportError) else ""
-    frames = "".join(traceback.format_tb(error.__traceback__))
-    pb_utils.Logger.log_error(f"{type(error).__name__}{what}\n{frames}")
-    return FastarError(f"server: {type(error).__name__}, see the server's log; allowed: a new stream")
-
-
-class Gauge:
-    """One number on the metrics port."""
-
-    def __init__(self, name: str, description: str, value: float) -> None:
-        # The family must live as long as its metric.
-        self.family = pb_utils.MetricFamily(name=name, description=description, kind=pb_utils.MetricFamily.GAUGE)
-        self.metric = self.family.Metric(labels={})
-        self.set = self.metric.set
-        self.set(value)

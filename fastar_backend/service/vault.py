@@ -1,0 +1,73 @@
+"""Snapshots of live streams, written and read by a thread of their own: a slow or broken store delays no chunk."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable
+from concurrent.futures import Future, ThreadPoolExecutor
+from threading import Condition
+
+from fastar_backend.engine.engine import StreamEngine
+from fastar_backend.engine.snapshot import Snapshot
+from fastar_backend.errors import UnknownStream
+from fastar_backend.service.report import quietly
+from fastar_backend.service.session import Session
+from fastar_backend.service.store import SnapshotStore
+from fastar_backend.service.telemetry import Metrics
+
+SAVING = 2  # snapshots of one stream on their way to the store; more would only pile up
+
+
+class Vault:
+    """`wake`: the service's lock, notified when a snapshot was read."""
+
+    def __init__(
+        self, store: SnapshotStore, engine: StreamEngine, kept: int, metrics: Metrics, wake: Condition
+    ) -> None:
+        self.store, self.engine, self.kept, self.metrics, self.wake = store, engine, kept, metrics, wake
+        self.disk = ThreadPoolExecutor(1, "fastar-snapshots")
+
+    def save(self, session: Session) -> None:
+        """Takes a snapshot now (engine thread, under the lock), to be stored in the background. Not of a stream that
+        has failed or measures recall, nor while earlier ones wait."""
+        if session.stream not in self.engine.streams or not session.snapshots_allowed or session.saving >= SAVING:
+            return
+        snapshot, began = self.engine.snapshot(session.stream, extra=session.extra()), time.perf_counter()
+        session.saving += 1
+        self.disk.submit(self._store, session, snapshot, began)
+
+    def _store(self, session: Session, snapshot: Snapshot, began: float) -> None:
+        stored = quietly(lambda: self.store.put(session.token, snapshot.chunk, snapshot.to_bytes()))
+        with self.wake:
+            session.saving -= 1
+            if stored:
+                session.stored = set(sorted({*session.stored, snapshot.chunk})[-self.kept :])
+        self.metrics.snapshot(time.perf_counter() - began, stored)
+
+    def load(self, token: str, chunk: int | None, exact: bool, then: Callable[[Future], None]) -> Future:
+        """(chunk, Snapshot) of the newest that is not later than `chunk` (exactly it, if `exact`); None: the newest.
+        `then` is called under the lock."""
+
+        def done(future: Future) -> None:
+            with self.wake:
+                then(future)
+                self.wake.notify()
+
+        future = self.disk.submit(self._load, token, chunk, exact)
+        future.add_done_callback(done)
+        return future
+
+    def _load(self, token: str, chunk: int | None, exact: bool) -> tuple[int, Snapshot]:
+        there = [number for number in self.store.chunks(token) if chunk is None or number <= chunk]
+        if not there or (exact and chunk not in there):
+            what = "unknown or expired token, or no snapshot that early"
+            raise UnknownStream(f"OPTIONS.token: {what}; allowed: a token that a stream's first chunk brought")
+        number, data = self.store.get(token, max(there))
+        return number, Snapshot.from_bytes(data)
+
+    def sweep(self) -> None:
+        self.disk.submit(quietly, self.store.sweep)
+
+    def close(self) -> None:
+        """Returns when all is stored."""
+        self.disk.shutdown()
