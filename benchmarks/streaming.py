@@ -47,7 +47,7 @@ def worker(world: str, device: str, attention: str, frames: int, seconds: float,
     torch.set_num_threads(threads)
     config = parse(AttentionConfig, json.loads(attention), "attention")
     engine = StreamEngine.load(world, device, config)
-    engine.warm_up()
+    engine.costs([1])
     latent_frames = engine.shape.chunk_frames
     process = psutil.Process()
     engine.open(1, PROMPT, StreamOptions(seed=1, start="my_way_home"))

@@ -51,3 +51,9 @@ class WeightsError(FastarError):
     """A checkpoint is missing, corrupt, or does not fit its configuration."""
 
     code = "FAILED_PRECONDITION"
+
+
+class SnapshotError(FastarError):
+    """A snapshot is torn, of another version or of another world."""
+
+    code = "FAILED_PRECONDITION"

@@ -5,7 +5,8 @@ FastarError
 ├── NotFound            the server does not know this model, or no longer knows this stream (idle too long)
 ├── ResourceExhausted   no slot or memory is left for another stream
 ├── ServerUnavailable   nothing listens there, or it is not (yet) a ready Triton server
-├── StreamLost          the connection broke, or the server died, while the stream was running
+├── StreamLost          the connection broke, or the server died, while the stream was running, and it did not come back
+│   └── TakenOver       another connection has resumed this stream
 ├── ServerError         the server failed, or broke the protocol
 ├── TimedOut            the server did not answer in time
 └── OutputError         a file cannot be written (disk full, no permission)
@@ -18,6 +19,9 @@ import re
 
 class FastarError(Exception):
     """Base of every error raised on purpose by this package."""
+
+    token: str | None = None  # of the stream that it ended, where the stream may be resumed later,
+    chunk: int | None = None  # and the number of the chunk that would have been next
 
     def __init__(self, message: str) -> None:
         super().__init__(" ".join(message.split()))
@@ -43,6 +47,10 @@ class ServerUnavailable(FastarError):
 
 
 class StreamLost(FastarError):
+    pass
+
+
+class TakenOver(StreamLost):
     pass
 
 
@@ -72,6 +80,7 @@ BY_CODE: dict[str, type[FastarError]] = {
     "UNAVAILABLE": ServerUnavailable,
     "DEADLINE_EXCEEDED": TimedOut,
     "FAILED_PRECONDITION": ServerError,
+    "CANCELLED": TakenOver,
     "INTERNAL": ServerError,
 }
 # Anywhere in the message, as Triton puts words of its own before a model's.
@@ -130,6 +139,8 @@ def from_grpc(code: str, details: str, url: str, streaming: bool = False) -> Fas
     if lost and not streaming:
         if re.search(r"http1\.x|http/1|HTTP2 status|Expected SETTINGS", details, re.IGNORECASE):
             return ServerUnavailable(f"{url}: does not speak gRPC; give Triton's gRPC port, usually 8001")
+        if re.search(r"handshak|certificate|SSL|TLS", details):
+            return ServerUnavailable(f"{url}: no TLS with this server ({details}); check both ends' certificates")
         if re.search(r"failed to connect|refused|DNS|resol|no route|unreachable|timed out", details, re.IGNORECASE):
             return ServerUnavailable(f"no Triton server at {url}; start one with `fastar serve`")
     if code == "UNIMPLEMENTED":

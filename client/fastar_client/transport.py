@@ -7,13 +7,15 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import dataclasses
 import re
-from collections.abc import AsyncGenerator, AsyncIterator, Awaitable, Callable
+from collections.abc import AsyncGenerator, AsyncIterator, Awaitable, Callable, Mapping
+from pathlib import Path
 from typing import Protocol
 
 import grpc
 import numpy as np
-from tritonclient.grpc import InferInput, InferResult, KeepAliveOptions
+from tritonclient.grpc import InferInput, InferResult
 from tritonclient.grpc.aio import InferenceServerClient
 from tritonclient.utils import InferenceServerException
 
@@ -26,11 +28,65 @@ from fastar_client.errors import (
     from_server,
     invalid,
 )
-from fastar_client.protocol import ACTIONS, FRAMES, MODEL, OPTIONS, PROMPT, STATS, ChunkRequest, Reply
+from fastar_client.protocol import (
+    ACTIONS,
+    CONTROL,
+    CONTROL_ACTION,
+    END_ACTION,
+    FRAMES,
+    MODEL,
+    OPTIONS,
+    PROMPT,
+    STATS,
+    VIDEO,
+    ChunkRequest,
+    Reply,
+)
+from fastar_client.shared import Ring, check_same_host
+
+# Pings keep an idle stream's connection open through load balancers. gRPC servers, Triton's among them, drop a client
+# that pings more often than every 300 s on an idle stream; a vanished server is found by our own response time-out.
+# No pool of subchannels: the back-off of a connection that failed must not delay a stream that connects anew.
+CHANNEL = [
+    ("grpc.max_send_message_length", 2**31 - 1),
+    ("grpc.max_receive_message_length", 2**31 - 1),
+    ("grpc.keepalive_time_ms", 305_000),
+    ("grpc.keepalive_timeout_ms", 20_000),
+    ("grpc.use_local_subchannel_pool", 1),
+]
+
+
+@dataclasses.dataclass(frozen=True)
+class TlsFiles:
+    """PEM files of a TLS connection. What is None: the system's authorities; no certificate of our own."""
+
+    ca: str | Path | None = None  # authorities that the server's certificate is checked against
+    certificate: str | Path | None = None  # our own, with its chain,
+    key: str | Path | None = None  # and its key
+
+    def credentials(self) -> grpc.ChannelCredentials:
+        """Raises InvalidArgument where a file cannot be read or is no PEM."""
+        if (self.certificate is None) != (self.key is None):
+            raise invalid("tls.key", self.key, "certificate and key together, or neither")
+        return grpc.ssl_channel_credentials(
+            *(read_pem(f"tls.{name}", getattr(self, name)) for name in ("ca", "key", "certificate"))
+        )
+
+
+def read_pem(field: str, path: str | Path | None) -> bytes | None:
+    if path is None:
+        return None
+    try:
+        content = Path(path).read_bytes()
+    except OSError as error:
+        raise invalid(field, str(path), f"a readable PEM file ({error.strerror})") from None
+    if b"-----BEGIN " not in content:
+        raise invalid(field, str(path), "a PEM file (this one has no -----BEGIN line)")
+    return content
 
 
 class Call(Protocol):
-    """One bidirectional stream. Everything but `receive` returns at once."""
+    """One bidirectional stream. Everything but `receive`, `share` and `close` returns at once."""
 
     def send(self, request: ChunkRequest) -> None: ...
 
@@ -46,9 +102,17 @@ class Call(Protocol):
     def cancel(self) -> None:
         """Drop the call at once."""
 
+    async def share(self, size: int) -> None:
+        """Lets chunks' frames (at most `size` bytes each) come through shared memory, where the transport is meant to.
+        Raises InvalidArgument where that is impossible."""
+
+    async def close(self) -> None:
+        """Cancels the call and releases what it holds. May be called again."""
+
 
 class Transport(Protocol):
     url: str
+    shares_memory: bool
 
     async def connect(self, timeout: float) -> None:
         """Raises ServerUnavailable when no live Triton server answers within `timeout` seconds."""
@@ -56,28 +120,29 @@ class Transport(Protocol):
     async def ready(self, timeout: float) -> bool:
         """Whether server and model are ready for streams. Raises ServerUnavailable, TimedOut."""
 
-    def open(self) -> Call: ...
+    def open(self, metadata: Mapping[str, str], fresh: bool = False) -> Call:
+        """A call with these headers. fresh: over a connection of its own, as the common one may be broken."""
 
     async def close(self) -> None: ...
 
 
 class GrpcTransport:
-    """Triton's KServe v2 gRPC, model `fastar`, RPC ModelStreamInfer."""
+    """Triton's KServe v2 gRPC, model `fastar`, RPC ModelStreamInfer. Raises InvalidArgument."""
 
-    def __init__(self, url: str) -> None:
+    def __init__(self, url: str, tls: bool | TlsFiles = False, shared_memory: bool = False) -> None:
         self.url = url.removeprefix("grpc://")
         if not re.fullmatch(r"(\[[0-9a-fA-F:.]+\]|[\w.-]+):\d{1,5}", self.url):
             raise invalid("url", url, "host:port of Triton's gRPC port, e.g. localhost:8001")
+        if not isinstance(tls, bool | TlsFiles):
+            raise invalid("tls", tls, "True, False or TlsFiles(ca=..., certificate=..., key=...)")
+        self._credentials = (TlsFiles() if tls is True else tls).credentials() if tls else None
+        self.shares_memory = shared_memory
+        if shared_memory:
+            check_same_host(self.url)
         self._client: InferenceServerClient | None = None
 
     async def connect(self, timeout: float) -> None:
-        # Pings keep an idle stream's connection open through load balancers. gRPC servers, Triton's among them, drop a
-        # client that pings more often than every 300 s on an idle stream; a vanished server is found by our own
-        # response time-out. Message sizes need no option: tritonclient's defaults are gRPC's maximum.
-        self._client = InferenceServerClient(
-            self.url,
-            keepalive_options=KeepAliveOptions(keepalive_time_ms=305_000, keepalive_timeout_ms=20_000),
-        )
+        self._client = self._new_client()
         try:
             await self._ask(self._client.is_server_live, timeout)
         except FastarError:
@@ -89,8 +154,12 @@ class GrpcTransport:
         server = await self._ask(client.is_server_ready, timeout)
         return server and await self._ask(lambda **options: client.is_model_ready(MODEL, **options), timeout)
 
-    def open(self) -> Call:
-        return GrpcCall(self._connected(), self.url)
+    def open(self, metadata: Mapping[str, str], fresh: bool = False) -> Call:
+        client = self._connected()
+        return GrpcCall(self._new_client() if fresh else client, self, metadata, own=fresh)
+
+    def _new_client(self) -> InferenceServerClient:
+        return InferenceServerClient(self.url, creds=self._credentials, channel_args=CHANNEL)
 
     async def close(self) -> None:
         if self._client is not None:
@@ -118,12 +187,18 @@ class GrpcTransport:
 
 
 class GrpcCall:
-    def __init__(self, client: InferenceServerClient, url: str) -> None:
-        self._url = url
+    """own: `client` is this call's, and closed with it."""
+
+    def __init__(
+        self, client: InferenceServerClient, transport: GrpcTransport, metadata: Mapping[str, str], own: bool
+    ) -> None:
+        self._client, self._transport, self._own = client, transport, own
+        self._url = transport.url
+        self._ring: Ring | None = None
         self._outbox: asyncio.Queue[ChunkRequest | None] = asyncio.Queue()
         self._cancelled = False
         self._streaming = False
-        self._replies = client.stream_infer(self._requests())
+        self._replies = client.stream_infer(self._requests(), headers=dict(metadata))
 
     def send(self, request: ChunkRequest) -> None:
         self._outbox.put_nowait(request)
@@ -146,21 +221,39 @@ class GrpcCall:
                 raise
             raise from_grpc("CANCELLED", "the call was cancelled", self._url, self._streaming) from None
         self._streaming = True
-        return from_server(error.message()) if error is not None else decode(result)
+        return from_server(error.message()) if error is not None else decode(result, self._ring)
 
     def cancel(self) -> None:
         self._cancelled = True
         self._replies.cancel()
 
+    async def share(self, size: int) -> None:
+        if self._transport.shares_memory and self._ring is None:
+            ring = Ring(self._client, size)
+            await ring.open()
+            self._ring = ring
+
+    async def close(self) -> None:
+        self.cancel()
+        if self._ring is not None:
+            ring, self._ring = self._ring, None
+            await ring.close()
+        if self._own:
+            self._own = False
+            await self._client.close()
+
     async def _requests(self) -> AsyncIterator[dict[str, object]]:
         while (request := await self._outbox.get()) is not None:
-            yield encode(request)
+            yield encode(request, self._ring)
 
 
-def encode(request: ChunkRequest) -> dict[str, object]:
+def encode(request: ChunkRequest, ring: Ring | None = None) -> dict[str, object]:
     """`request` as the arguments of tritonclient's stream_infer."""
     inputs = []
-    for name, values in ((ACTIONS, request.actions), (PROMPT, (request.prompt,)), (OPTIONS, (request.options,))):
+    tensors = [(ACTIONS, request.actions), (PROMPT, (request.prompt,)), (OPTIONS, (request.options,))]
+    if request.control is not None:
+        tensors.append((CONTROL, (request.control,)))
+    for name, values in tensors:
         tensor = InferInput(name, [1, len(values)], "BYTES")
         tensor.set_data_from_numpy(np.array([[value.encode() for value in values]], dtype=np.object_))
         inputs.append(tensor)
@@ -173,20 +266,27 @@ def encode(request: ChunkRequest) -> dict[str, object]:
     }
     if request.queue_seconds is not None:
         arguments["timeout"] = int(request.queue_seconds * 1e6)  # microseconds
+    generates = request.actions not in ((END_ACTION,), (CONTROL_ACTION,))
+    if ring is not None and generates and (shared := ring.outputs()) is not None:
+        arguments["request_id"], arguments["outputs"] = shared
     return arguments
 
 
-def decode(result: InferResult) -> Reply | ServerError:
-    """The two outputs; a ServerError (as a value: the call itself goes on) where they are absent or truncated."""
+def decode(result: InferResult, ring: Ring | None = None) -> Reply | ServerError:
+    """The outputs; a ServerError (as a value: the call itself goes on) where they are absent or truncated."""
     arrays = {}
-    for name in (FRAMES, STATS):
+    try:
+        shared = None if ring is None else ring.frames(result)
+    except ServerError as error:
+        return error
+    for name in (FRAMES, VIDEO, STATS):
         try:
-            arrays[name] = result.as_numpy(name)
+            arrays[name] = shared if name == FRAMES and shared is not None else result.as_numpy(name)
         except ValueError as error:  # fewer bytes than the shape says
             return ServerError(f"{name}: the reply's bytes do not fit its shape ({error})")
         if arrays[name] is None:
             return ServerError(f"{name}: missing from the server's reply")
-    return Reply(arrays[FRAMES], arrays[STATS])
+    return Reply(arrays[FRAMES], arrays[STATS], arrays[VIDEO])
 
 
 # A scripted server: gets the requests of one stream, yields its replies; what it raises breaks the connection.
@@ -194,10 +294,13 @@ Script = Callable[[AsyncIterator[ChunkRequest]], AsyncGenerator[Reply | FastarEr
 
 
 class MockTransport:
-    """A server in memory, for tests: `serve` is called once per stream, with the requests as they come."""
+    """A server in memory, for tests: `serve` is called once per call, with the requests as they come."""
+
+    shares_memory = False
 
     def __init__(self, serve: Script, url: str = "mock:0", live: bool = True, ready: bool = True) -> None:
         self.url, self._serve, self._live, self._ready = url, serve, live, ready
+        self.opened: list[dict[str, str]] = []  # the headers of each call
 
     async def connect(self, timeout: float) -> None:
         if not self._live:
@@ -206,7 +309,8 @@ class MockTransport:
     async def ready(self, timeout: float) -> bool:
         return self._ready
 
-    def open(self) -> Call:
+    def open(self, metadata: Mapping[str, str], fresh: bool = False) -> Call:
+        self.opened.append(dict(metadata))
         return MockCall(self._serve)
 
     async def close(self) -> None:
@@ -234,6 +338,13 @@ class MockCall:
 
     def cancel(self) -> None:
         self._server.cancel()
+
+    async def share(self, size: int) -> None:
+        pass
+
+    async def close(self) -> None:
+        self.cancel()
+        await asyncio.wait({self._server})
 
     async def _run(self, serve: Script) -> None:
         try:

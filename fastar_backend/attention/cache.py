@@ -8,7 +8,9 @@ for the newest frames only)."""
 
 from __future__ import annotations
 
+import copy
 import dataclasses
+from typing import Any, Self
 
 import torch
 from torch import Tensor
@@ -44,7 +46,12 @@ class FrameCache:
     """Keys and values [heads, tokens, head_dim] of whole latent frames, oldest first.
 
     max_frames=None keeps all (dense attention); else the first `sink_frames` and the newest others (sliding window).
+    All writing happens between a `begin` and the next: copies that share buffers part at `begin`.
     """
+
+    BUFFERS: tuple[str, ...] = ("keys", "values")  # tensors whose tokens (dimension 1) count up to `end`
+    TABLES: tuple[str, ...] = ()  # tensors that count as a whole
+    NUMBERS: tuple[str, ...] = ("times", "start", "history_frames")
 
     def __init__(self, shape: CacheShape, max_frames: int | None = None, sink_frames: int = 0, prefix: int = 0) -> None:
         self.shape, self.max_frames, self.sink_frames = shape, max_frames, sink_frames
@@ -57,6 +64,7 @@ class FrameCache:
         self.start = 0  # first latent frame of the current chunk
         self.history_frames = 0  # latent frames ever appended: what dense attention would hold
         self.executed = self.possible = 0  # query-key pairs of this chunk, for `density`
+        self.shared = False  # the tensors belong to a fork or a snapshot, too
         self.bias: Tensor | None = None  # logit bias [heads, cached tokens + chunk tokens], constant during a chunk
 
     @property
@@ -81,6 +89,7 @@ class FrameCache:
     def begin(self, start: int) -> None:
         """Makes `start` (a latent frame index) position 0 and prepares the cached keys for it."""
         shape = self.shape
+        self._own()
         if self.times:
             times = torch.tensor(self.times, device=shape.device)
             turn = (times - start).clamp(min=-shape.reach) - (times - self.start).clamp(min=-shape.reach)
@@ -92,6 +101,50 @@ class FrameCache:
                 self.keys[:, rows] = shape.turn(self.keys[:, rows], by)
         self.start = start
         self.executed = self.possible = 0
+
+    def fork(self) -> Self:
+        """A copy that shares the tensors until one side begins its next chunk."""
+        self.shared = True
+        twin = copy.copy(self)
+        twin.times = list(self.times)
+        return twin
+
+    def state(self) -> tuple[dict[str, Any], dict[str, Tensor]]:
+        """Numbers (JSON) and tensors that `load` takes back. The tensors are views that nobody will write to."""
+        self.shared = True
+        present = {name: getattr(self, name) for name in (*self.BUFFERS, *self.TABLES)}
+        tensors = {
+            name: value[:, : self.end] if name in self.BUFFERS else value
+            for name, value in present.items()
+            if value is not None
+        }
+        return {name: copy.copy(getattr(self, name)) for name in self.NUMBERS}, tensors
+
+    def load(self, numbers: dict[str, Any], tensors: dict[str, Tensor]) -> None:
+        """Into a new cache of the same configuration. Raises ValueError where something does not fit."""
+        for name in self.NUMBERS:
+            if type(numbers[name]) is not type(getattr(self, name)):
+                raise ValueError(f"{name} is {type(numbers[name]).__name__}")
+            setattr(self, name, copy.copy(numbers[name]))
+        most = self.max_frames if self.max_frames is not None else len(self.times)
+        if len(self.times) > most or self.times != sorted(map(int, self.times)):
+            raise ValueError(f"times has {len(self.times)} frames; at most {most}, ascending")
+        self._make_room()
+        for name in (*self.BUFFERS, *self.TABLES):
+            own = getattr(self, name)
+            if own is None:
+                continue
+            there, value = own[:, : self.end] if name in self.BUFFERS else own, tensors[name]
+            if value.shape != there.shape or value.dtype != there.dtype:
+                raise ValueError(f"{name} is {value.dtype} {list(value.shape)}, not {there.dtype} {list(there.shape)}")
+            there.copy_(value)
+
+    def _own(self) -> None:
+        if self.shared:
+            for name in (*self.BUFFERS, *self.TABLES):
+                if (value := getattr(self, name)) is not None:
+                    setattr(self, name, value.clone())
+            self.shared = False
 
     def _make_room(self) -> None:
         missing = self.end + self.shape.chunk_tokens - self.keys.shape[1]

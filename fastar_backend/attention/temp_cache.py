@@ -41,6 +41,10 @@ class MergeReport:
 class TempCache(FrameCache):
     """Layout of the buffers: [memory slots, filled from the last one backwards | sinks, newest frames | chunk]."""
 
+    BUFFERS = (*FrameCache.BUFFERS, "usage", "queries")
+    TABLES = ("count", "time", "index")
+    NUMBERS = (*FrameCache.NUMBERS, "used", "merged")
+
     def __init__(self, shape: CacheShape, config: AttentionConfig) -> None:
         slots = (config.budget_frames - config.sink_frames - config.recent_frames) * shape.frame_tokens
         super().__init__(shape, config.sink_frames + config.recent_frames, config.sink_frames, prefix=slots)
@@ -69,6 +73,7 @@ class TempCache(FrameCache):
         return super().nbytes + sum(t.nbytes for t in extra)
 
     def begin(self, start: int) -> None:
+        self._own()
         reach = self.shape.reach
         if self.used:
             turn = (self.time - start).clamp(min=-reach) - (self.time - self.start).clamp(min=-reach)

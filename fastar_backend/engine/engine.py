@@ -7,19 +7,23 @@ length."""
 
 from __future__ import annotations
 
+import dataclasses
+import functools
 import logging
 import time
 import traceback
 from collections.abc import Sequence
+from typing import Any
 
 import torch
 from torch import Tensor
 
-from fastar_backend.attention import CacheShape
+from fastar_backend.attention import CacheShape, make_cache
 from fastar_backend.attention.batch import StreamsAttend, StreamsAttendText
 from fastar_backend.config import AttentionConfig
+from fastar_backend.engine.snapshot import Snapshot, fingerprint
 from fastar_backend.engine.stream import Chunk, ChunkRequest, ChunkStats, Stream, StreamOptions
-from fastar_backend.errors import AtCapacity, FastarError, InvalidInput, UnknownStream
+from fastar_backend.errors import AtCapacity, FastarError, InvalidInput, SnapshotError, UnknownStream
 from fastar_backend.model.autoencoder import unit_rms
 from fastar_backend.model.world import World, load_world
 
@@ -32,10 +36,13 @@ class StreamEngine:
     """Not thread-safe: one caller at a time (Triton's instance)."""
 
     def __init__(
-        self, world: World, attention: AttentionConfig, max_streams: int = 8, stream_bytes: int = 4 << 30
-    ) -> None:
-        """stream_bytes: caches of one stream may not grow beyond; dense attention and recall probes do grow."""
+        self, world: World, attention: AttentionConfig, max_streams: int = 8, stream_bytes: int = 4 << 30,
+        deterministic: bool = False,
+    ) -> None:  # fmt: skip
+        """stream_bytes: caches of one stream may not grow beyond; dense attention and recall probes do grow.
+        deterministic: streams are computed one by one, so that no bit of one depends on who shares its step."""
         self.world, self.attention, self.max_streams, self.stream_bytes = world, attention, max_streams, stream_bytes
+        self.deterministic = deterministic
         model, sampler = world.config.model, world.config.sampler
         weight = world.dit.head.head.weight
         self.device, self.dtype = weight.device, weight.dtype
@@ -50,9 +57,11 @@ class StreamEngine:
 
     @classmethod
     def load(cls, world: str = "doom", device: str = "cpu", attention: AttentionConfig | None = None,
-             max_streams: int = 8, dtype: torch.dtype = torch.float32) -> StreamEngine:  # fmt: skip
+             max_streams: int = 8, dtype: torch.dtype = torch.float32, *, deterministic: bool = False,
+             ) -> StreamEngine:  # fmt: skip
         """world: an embedded world's name or a folder. Raises WeightsError."""
-        return cls(load_world(world, device, dtype), attention or AttentionConfig(), max_streams)
+        loaded = load_world(world, device, dtype)
+        return cls(loaded, attention or AttentionConfig(), max_streams, deterministic=deterministic)
 
     def world_info(self) -> dict:
         return self.world.info()
@@ -65,10 +74,7 @@ class StreamEngine:
     def open(self, stream_id: int, prompt: str, options: StreamOptions | None = None) -> None:
         """Raises InvalidInput (prompt, options, an id in use) or AtCapacity."""
         options = options or StreamOptions()
-        if stream_id in self.streams:
-            raise InvalidInput("stream_id", f"{stream_id} is in use", "an id that no open stream has")
-        if len(self.streams) >= self.max_streams:
-            raise AtCapacity(f"stream: all {self.max_streams} slots are taken; allowed: try again when a stream ends")
+        self._check_free(stream_id)
         check_prompt(prompt)
         attention = options.attention or self.attention
         model = self.world.config.model
@@ -94,17 +100,133 @@ class StreamEngine:
             self.close(stream_id)
         return idle
 
-    def warm_up(self, chunks: int = 3) -> float:
-        """Runs a throw-away stream; returns the seconds of its last chunk."""
-        self.open(-1, next(iter(self.world.config.scenarios.values())).prompt)
+    def bytes_of(self, options: StreamOptions) -> int:
+        """What a stream with these options may hold in caches. Dense attention and recall probes: the limit itself."""
+        attention = options.attention or self.attention
+        if attention.kind == "dense" or options.measure_recall:
+            return self.stream_bytes
+        return self.world.config.model.layers * make_cache(self.shape, attention).nbytes
+
+    @torch.inference_mode()
+    def costs(self, sizes: Sequence[int], steps: int = 3) -> dict[int, float]:
+        """Warm-up and measurement: seconds of a step by the number of streams in it, all caches full (median)."""
+        prompt = next((scenario.prompt for scenario in self.world.config.scenarios.values()), "a world")
+        streams = {}
+        for index in range(max(sizes)):
+            stream = Stream(self.world, self.shape, prompt, StreamOptions(start="nothing", seed=index), self.attention)
+            self._fill(stream)
+            streams[-1 - index] = stream
+        self.streams |= streams
         try:
-            for _ in range(chunks):
-                (result,) = self.step([ChunkRequest(-1, ("",))])
-                if isinstance(result, FastarError):
-                    raise result
+            found = {}
+            for size in sizes:
+                seconds = []
+                for _ in range(steps + 1):  # the first warms up
+                    began = time.perf_counter()
+                    for result in self.step([ChunkRequest(number, ("",)) for number in list(streams)[:size]]):
+                        if isinstance(result, FastarError):
+                            raise result
+                    seconds.append(time.perf_counter() - began)
+                found[size] = sorted(seconds[1:])[steps // 2]
+            return found
         finally:
-            self.close(-1)
-        return result.stats.step_seconds
+            for number in streams:
+                self.close(number)
+
+    def _fill(self, stream: Stream) -> None:
+        """Random history, as much as the budget holds and a little more."""
+        shape = (self.shape.heads, self.shape.chunk_tokens, self.shape.head_dim)
+        for _ in range(stream.attention.budget_frames // self.shape.chunk_frames + 2):
+            stream.begin_chunk()
+            for cache in stream.caches:
+                query, key, value = (torch.randn(shape, device=self.device, dtype=self.dtype) for _ in range(3))
+                cache.append(query, key, value)
+            stream.latent_frame += self.shape.chunk_frames
+
+    # Controls and snapshots of one stream
+
+    def check_control(self, stream_id: int, kind: str, value: object, blend_chunks: int = 0) -> None:
+        """kind: prompt, density, seed. Raises InvalidInput, UnknownStream; changes nothing."""
+        stream, field = self._stream(stream_id), f"CONTROL.{kind}"
+        if kind == "prompt":
+            if not isinstance(value, str):
+                raise InvalidInput(field, f"got {type(value).__name__}", f"1 to {PROMPT_BYTES} bytes of UTF-8 text")
+            check_prompt(value, field)
+        elif kind == "density":
+            if isinstance(value, bool) or not isinstance(value, int | float) or not 0 < value <= 1:
+                raise InvalidInput(field, f"got {value!r:.40}", "more than 0, at most 1")
+            if stream.attention.kind != "fastar":
+                raise InvalidInput(field, f"this stream's attention is {stream.attention.kind}", "fastar attention")
+        elif kind == "seed":
+            if isinstance(value, bool) or not isinstance(value, int) or not 0 <= value < 2**63:
+                raise InvalidInput(field, f"got {value!r:.40}", "0..2^63-1")
+        else:
+            raise InvalidInput("CONTROL", f"got {kind!r:.40}", "prompt, density, seed")
+
+    @torch.inference_mode()
+    def control(self, stream_id: int, kind: str, value: Any, blend_chunks: int = 0) -> None:
+        """Takes effect with the stream's next chunk. Raises as `check_control`."""
+        self.check_control(stream_id, kind, value, blend_chunks)
+        stream = self._stream(stream_id)
+        if kind == "prompt":
+            stream.set_prompt(value, blend_chunks)
+        elif kind == "density":
+            stream.set_density(float(value))
+        else:
+            stream.noise.manual_seed(value)
+
+    def fork(self, source: int, stream_id: int, seed: int | None = None) -> None:
+        """Opens a stream in the state of `source`; buffers are copied when one of them goes on. Raises InvalidInput,
+        UnknownStream, AtCapacity."""
+        stream = self._stream(source)
+        self._check_snapshot(stream)
+        self._check_free(stream_id)
+        self.streams[stream_id] = stream.fork()
+        if seed is not None:
+            self.streams[stream_id].noise.manual_seed(seed)
+
+    def snapshot(self, stream_id: int, extra: dict[str, Any] | None = None) -> Snapshot:
+        """Between two steps. extra: JSON of the caller's own. Raises UnknownStream, InvalidInput."""
+        stream = self._stream(stream_id)
+        self._check_snapshot(stream)
+        return Snapshot.take(stream, self.world.config.name, self.fingerprint, extra or {})
+
+    @torch.inference_mode()
+    def restore(self, stream_id: int, snapshot: Snapshot) -> None:
+        """Opens a stream in the snapshot's state. Raises SnapshotError, InvalidInput, AtCapacity."""
+        self._check_free(stream_id)
+        name, mine = snapshot.header["world"], self.world.config.name
+        if snapshot.header["fingerprint"] != self.fingerprint:
+            weights = "other weights" if name == mine else "another world"
+            raise SnapshotError(f"snapshot: of {weights} ({name!r:.40}); allowed: those of {mine!r}, as loaded here")
+        try:
+            self.streams[stream_id] = Stream.from_state(
+                self.world, self.shape, snapshot.header["stream"], snapshot.tensors
+            )
+        except (KeyError, TypeError, ValueError, RuntimeError, IndexError) as error:
+            raise SnapshotError(f"snapshot: it does not fit ({error!s:.120}); allowed: one of this release") from None
+
+    @functools.cached_property
+    def fingerprint(self) -> str:
+        return fingerprint(self.world)
+
+    def _stream(self, stream_id: int) -> Stream:
+        if stream_id not in self.streams:
+            raise UnknownStream(f"stream_id: {stream_id} is not open; allowed: an opened, live stream")
+        return self.streams[stream_id]
+
+    def _check_free(self, stream_id: int) -> None:
+        if stream_id in self.streams:
+            raise InvalidInput("stream_id", f"{stream_id} is in use", "an id that no open stream has")
+        if len(self.streams) >= self.max_streams:
+            raise AtCapacity(f"stream: all {self.max_streams} slots are taken; allowed: try again when a stream ends")
+
+    @staticmethod
+    def _check_snapshot(stream: Stream) -> None:
+        if any(probe is not None for probe in stream.probes):
+            raise InvalidInput("stream", "it measures recall", "streams without measure_recall")
+
+    # Chunks
 
     @torch.inference_mode()
     def step(self, requests: Sequence[ChunkRequest]) -> list[Chunk | FastarError]:
@@ -126,10 +248,12 @@ class StreamEngine:
                 stream.set_prompt(requests[row].prompt)
         if ready:
             streams = [stream for _, stream, _ in ready]
+            phases = {"prepare": 0.0, "denoise": 0.0, "write": 0.0, "decode": 0.0}
             try:
                 for stream in streams:
                     self._prefill(stream)
-                frames, finite = self._advance(streams, torch.stack([actions for _, _, actions in ready]))
+                phases["prepare"] = time.perf_counter() - began
+                frames, finite = self._advance(streams, torch.stack([actions for _, _, actions in ready]), phases)
             except Exception as error:  # out of memory, a kernel's failure: these streams' states are unknown now
                 # Without the message: it might quote a prompt.
                 log.error("step of %d streams failed: %s\n%s", len(ready), type(error).__name__, where(error))
@@ -144,13 +268,12 @@ class StreamEngine:
                     results[row] = FastarError("step: the model's output is not finite; allowed: open a new stream")
                     continue
                 stats = self._finish(stream, video.shape[0], seconds, len(ready), requests[row].prompt is not None)
+                stats = dataclasses.replace(stats, phases=phases)
                 results[row] = Chunk(requests[row].stream_id, video.numpy(), stats)
         return results
 
     def _check(self, request: ChunkRequest, earlier: Sequence[ChunkRequest]) -> tuple[Stream, Tensor]:
-        stream = self.streams.get(request.stream_id)
-        if stream is None:
-            raise UnknownStream(f"stream_id: {request.stream_id} is not open; allowed: an opened, live stream")
+        stream = self._stream(request.stream_id)
         if any(other.stream_id == request.stream_id for other in earlier):
             raise InvalidInput("stream_id", f"{request.stream_id} twice in one step", "one request a stream")
         if stream.cache_bytes > self.stream_bytes:
@@ -173,26 +296,36 @@ class StreamEngine:
 
     def _prefill(self, stream: Stream) -> None:
         """Writes the start's real frames, if any, into a fresh stream's caches."""
-        if stream.pending_start is None:
+        if stream.start is None:
             return
-        latents, actions = stream.pending_start
-        stream.pending_start = None
+        latents, actions = self.world.starts[stream.start]
+        stream.start = None
         frames = self.shape.chunk_frames
-        for x0, action in zip(
-            latents.split(self.shape.chunk_frames), actions.split(self.shape.chunk_frames), strict=True
-        ):
+        for x0, action in zip(latents.split(frames), actions.split(frames), strict=True):
             stream.begin_chunk()
             self.write([stream], x0[None], action[None])
             stream.latent_frame += frames
 
-    def _advance(self, streams: list[Stream], actions: Tensor) -> tuple[list[Tensor], list[bool]]:
+    def _advance(self, streams: list[Stream], actions: Tensor, phases: dict[str, float]
+                 ) -> tuple[list[Tensor], list[bool]]:  # fmt: skip
         """actions: [streams, latent frames, buttons] -> uint8 [frames, height, width, 3] each, and whether all
-        finite."""
+        finite. Adds the seconds spent to `phases`."""
+        if self.deterministic and len(streams) > 1:
+            alone = [self._advance([stream], own[None], phases) for stream, own in zip(streams, actions, strict=True)]
+            return [frames[0] for frames, _ in alone], [finite[0] for _, finite in alone]
+        times = [time.perf_counter()]
         for stream in streams:
             stream.begin_chunk()
+        times.append(time.perf_counter())
         x0 = self.sample(streams, actions)
+        times.append(time.perf_counter())
         self.write(streams, x0, actions)
-        return list(self.decode(x0)), x0.isfinite().flatten(1).all(1).tolist()
+        times.append(time.perf_counter())
+        frames, finite = list(self.decode(x0)), x0.isfinite().flatten(1).all(1).tolist()
+        times.append(time.perf_counter())
+        for name, start, end in zip(phases, times, times[1:], strict=False):
+            phases[name] += end - start
+        return frames, finite
 
     def sample(self, streams: list[Stream], actions: Tensor) -> Tensor:
         """Clean latents [streams, latent frames, C, h, w] of the streams' next chunk (each after `begin_chunk`)."""
@@ -262,10 +395,10 @@ def where(error: Exception) -> str:
     return "".join(traceback.format_tb(error.__traceback__))
 
 
-def check_prompt(prompt: str) -> None:
+def check_prompt(prompt: str, field: str = "PROMPT") -> None:
     """Raises InvalidInput unless the prompt is 1..4096 bytes of text, not all white space."""
     size = len(prompt.encode())
     if not prompt.strip():
-        raise InvalidInput("PROMPT", "it is empty", f"1 to {PROMPT_BYTES} bytes of UTF-8 text")
+        raise InvalidInput(field, "it is empty", f"1 to {PROMPT_BYTES} bytes of UTF-8 text")
     if size > PROMPT_BYTES:
-        raise InvalidInput("PROMPT", f"it has {size} bytes", f"1 to {PROMPT_BYTES} bytes of UTF-8 text")
+        raise InvalidInput(field, f"it has {size} bytes", f"1 to {PROMPT_BYTES} bytes of UTF-8 text")

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import dataclasses
 import time
 from typing import Any
@@ -42,6 +43,9 @@ class ChunkStats:
     step_seconds: float
     batch: int
     prompt_applied: bool
+    # Seconds of the step, the same for all streams in it: prepare, denoise, write, decode. On a GPU the host runs
+    # ahead and waits where frames are copied out: there `decode` holds most of the time.
+    phases: dict[str, float] = dataclasses.field(default_factory=dict)
 
     def as_json(self) -> dict[str, Any]:
         return dataclasses.asdict(self)
@@ -68,33 +72,63 @@ class StreamOptions(Config):
 class Stream:
     """All state of one stream; nothing about it lives elsewhere. Dropping the object frees it."""
 
+    NUMBERS = ("latent_frame", "chunk", "frame", "blend_step", "blend_chunks", "start")
+    TENSORS = ("prompt", "target", "origin")
+
     def __init__(self, world: World, shape: CacheShape, prompt: str, options: StreamOptions,
                  attention: AttentionConfig) -> None:  # fmt: skip
-        self.world, self.attention = world, attention
-        self.noise = torch.Generator().manual_seed(options.seed)  # on the CPU: the same video on every device
-        layers = range(world.config.model.layers)
-        self.caches = [make_cache(shape, attention) for _ in layers]
+        self._prepare(world, shape, attention)
         self.probes = [RecallProbe(shape, cache) if options.measure_recall else None for cache in self.caches]
+        self.noise.manual_seed(options.seed)
+        # The embedded prompt [text tokens, text_dim]: in effect, at the end of a blend, at its beginning.
+        self.prompt = self.target = self.origin = self.world.text([prompt])[0]
+        self._remember_prompt()
+        self.start = world.find_start(options.start, prompt)  # None once its frames are in the caches
+
+    def _prepare(self, world: World, shape: CacheShape, attention: AttentionConfig) -> None:
+        self.world, self.attention = world, attention
+        self.noise = torch.Generator()  # on the CPU: the same video on every device
+        self.caches = [make_cache(shape, attention) for _ in range(world.config.model.layers)]
+        self.probes: list[RecallProbe | None] = [None] * len(self.caches)
         self.text: list[TextCache] = []
-        self.set_prompt(prompt)
         self.latent_frame = 0  # of the next chunk; counts the start's frames too
         self.chunk = 0
         self.frame = 0  # video frames sent
-        self.pending_start = world.starts.get(world.find_start(options.start, prompt) or "")
+        self.blend_step = self.blend_chunks = 0
         self.stepped = time.monotonic()
 
-    def set_prompt(self, prompt: str) -> None:
-        """Computes the cross-attention keys and values of the new prompt, once."""
+    def set_prompt(self, prompt: str, blend_chunks: int = 0) -> None:
+        """The new prompt counts from the next chunk on. blend_chunks: its embedding is mixed into the old one's in
+        equal steps, so that the last of so many chunks has the new prompt alone."""
+        self.target, self.origin = self.world.text([prompt])[0], self.prompt
+        self.blend_step, self.blend_chunks = 0, max(blend_chunks, 1)
+
+    def _blend(self) -> None:
+        if self.blend_step >= self.blend_chunks:
+            return
+        self.blend_step += 1
+        share = self.blend_step / self.blend_chunks
+        self.prompt = self.target if share == 1 else torch.lerp(self.origin, self.target, share)
+        self._remember_prompt()
+
+    def _remember_prompt(self) -> None:
+        """Computes the cross-attention keys and values of the prompt, once."""
         dit = self.world.dit
-        text = self.world.text([prompt])
-        pairs = dit.prompt_keys_values(text.to(dit.head.head.weight.dtype))
-        self.text = [TextCache(key[0], value[0], text[0], self.attention) for key, value in pairs]
+        pairs = dit.prompt_keys_values(self.prompt[None].to(dit.head.head.weight.dtype))
+        self.text = [TextCache(key[0], value[0], self.prompt, self.attention) for key, value in pairs]
+
+    def set_density(self, density: float) -> None:
+        """AnnSA: the share of cached keys that a query attends to (fastar attention only)."""
+        self.attention = self.attention.model_copy(update={"sparse_density": density})
+        for cache in self.caches:
+            cache.config = self.attention
 
     def draw(self, like: tuple[int, ...]) -> Tensor:
         """Standard normal noise from the stream's own generator, on the CPU."""
         return torch.randn(like, generator=self.noise)
 
     def begin_chunk(self) -> None:
+        self._blend()
         for cache, probe in zip(self.caches, self.probes, strict=True):
             cache.begin(self.latent_frame)
             if probe is not None:
@@ -104,3 +138,47 @@ class Stream:
     def cache_bytes(self) -> int:
         """Keys, values and their bookkeeping, recall probes' history included."""
         return sum(cache.nbytes for cache in self.caches) + sum(p.history.nbytes for p in self.probes if p is not None)
+
+    def fork(self) -> Stream:
+        """A stream in the same state. Caches are shared until one side begins its next chunk. Not with probes."""
+        twin = copy.copy(self)
+        twin.noise = torch.Generator()
+        twin.noise.set_state(self.noise.get_state())
+        twin.caches = [cache.fork() for cache in self.caches]
+        twin.text = [copy.copy(text) for text in self.text]
+        twin.stepped = time.monotonic()
+        return twin
+
+    def state(self) -> tuple[dict[str, Any], dict[str, Tensor]]:
+        """Numbers (JSON) and tensors from which `from_state` makes this stream again. The tensors are views that
+        nobody will write to."""
+        numbers = {name: getattr(self, name) for name in self.NUMBERS}
+        numbers |= {"attention": self.attention.model_dump(), "caches": []}
+        tensors = {name: getattr(self, name) for name in self.TENSORS} | {"noise": self.noise.get_state()}
+        for layer, cache in enumerate(self.caches):
+            own, values = cache.state()
+            numbers["caches"].append(own)
+            tensors |= {f"{layer}.{name}": value for name, value in values.items()}
+        return numbers, tensors
+
+    @classmethod
+    def from_state(cls, world: World, shape: CacheShape, numbers: dict[str, Any], tensors: dict[str, Tensor]) -> Stream:
+        """Raises KeyError, TypeError, ValueError, RuntimeError where the state does not fit."""
+        stream = cls.__new__(cls)
+        stream._prepare(world, shape, AttentionConfig.model_validate(numbers["attention"]))
+        for name in cls.NUMBERS:
+            setattr(stream, name, numbers[name])
+        if stream.start is not None and stream.start not in world.starts:
+            raise ValueError(f"start {stream.start!r:.40} is unknown")
+        like = world.text(["a"])[0]
+        for name in cls.TENSORS:
+            if tensors[name].shape != like.shape or tensors[name].dtype != like.dtype:
+                raise ValueError(f"{name} is {tensors[name].dtype} {list(tensors[name].shape)}")
+            setattr(stream, name, tensors[name].to(like.device))
+        stream.noise.set_state(tensors["noise"])
+        for layer, cache in enumerate(stream.caches):
+            prefix = f"{layer}."
+            own = {key.removeprefix(prefix): value for key, value in tensors.items() if key.startswith(prefix)}
+            cache.load(numbers["caches"][layer], own)
+        stream._remember_prompt()
+        return stream

@@ -299,9 +299,12 @@ def test_close_frees_the_stream(world, policy):
         gc.enable()
 
 
-def test_warm_up_leaves_nothing_behind(engine):
-    assert engine.warm_up() > 0
-    assert engine.stream_ids == ()
+def test_measuring_leaves_nothing_behind(engine):
+    before = engine.stream_ids
+    costs = engine.costs([1, 3])
+    assert set(costs) == {1, 3}
+    assert all(seconds > 0 for seconds in costs.values())
+    assert engine.stream_ids == before
 
 
 def test_stats(engine):
