@@ -137,7 +137,7 @@ class StreamEngine:
         """Random history, as much as the budget holds and a little more."""
         shape = (self.shape.heads, self.shape.chunk_tokens, self.shape.head_dim)
         for _ in range(stream.attention.budget_frames // self.shape.chunk_frames + 2):
-            stream.begin_chunk()
+            stream.begin_caches()
             for cache in stream.caches:
                 query, key, value = (torch.randn(shape, device=self.device, dtype=self.dtype) for _ in range(3))
                 cache.append(query, key, value)
@@ -302,7 +302,7 @@ class StreamEngine:
         stream.start = None
         frames = self.shape.chunk_frames
         for x0, action in zip(latents.split(frames), actions.split(frames), strict=True):
-            stream.begin_chunk()
+            stream.begin_caches()
             self.write([stream], x0[None], action[None])
             stream.latent_frame += frames
 

@@ -129,6 +129,9 @@ class Stream:
 
     def begin_chunk(self) -> None:
         self._blend()
+        self.begin_caches()
+
+    def begin_caches(self) -> None:
         for cache, probe in zip(self.caches, self.probes, strict=True):
             cache.begin(self.latent_frame)
             if probe is not None:
@@ -154,7 +157,7 @@ class Stream:
         nobody will write to."""
         numbers = {name: getattr(self, name) for name in self.NUMBERS}
         numbers |= {"attention": self.attention.model_dump(), "caches": []}
-        tensors = {name: getattr(self, name) for name in self.TENSORS} | {"noise": self.noise.get_state()}
+        tensors = {name: getattr(self, name).clone() for name in self.TENSORS} | {"noise": self.noise.get_state()}
         for layer, cache in enumerate(self.caches):
             own, values = cache.state()
             numbers["caches"].append(own)
