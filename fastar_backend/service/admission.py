@@ -68,11 +68,11 @@ class Admission:
         """Raises AtCapacity that says what would fit and when to try again."""
         held = list(held)
         retry = f"retry in {max(1, round(retry_seconds))} s"
+        if len(held) >= self.config.max_streams:
+            raise AtCapacity(f"streams: {len(held)} are open; allowed: {self.config.max_streams}; {retry}", "streams")
         most = self.config.max_streams_per_tenant or self.config.max_streams
         if (own := sum(other.tenant == asked.tenant for other in held)) >= most:
             raise AtCapacity(f"tenant: it has {own} streams; allowed: {most}; {retry}", "tenant")
-        if len(held) >= self.config.max_streams:
-            raise AtCapacity(f"streams: {len(held)} are open; allowed: {self.config.max_streams}; {retry}", "streams")
         free = self.cache_bytes - sum(other.cache_bytes for other in held)
         if asked.cache_bytes > free:
             what = f"OPTIONS.attention: its caches need {asked.cache_bytes} bytes"
