@@ -5,7 +5,8 @@ import os
 # Read when gRPC is imported. Its log lines on stderr say nothing that our exceptions do not; set the variable for more.
 os.environ.setdefault("GRPC_VERBOSITY", "NONE")
 
-from fastar_client.blocking import BlockingConnection, BlockingStream, connect_blocking
+from fastar_client.blocking import BlockingConnection, BlockingReceipt, BlockingStream, connect_blocking
+from fastar_client.controls import Receipt
 from fastar_client.errors import (
     FastarError,
     InvalidArgument,
@@ -15,13 +16,17 @@ from fastar_client.errors import (
     ServerError,
     ServerUnavailable,
     StreamLost,
+    TakenOver,
     TimedOut,
 )
 from fastar_client.protocol import Chunk, ChunkStats, StreamOptions, World
-from fastar_client.session import Connection, Stream, connect
+from fastar_client.session import Connection, connect
+from fastar_client.stream import Stream
+from fastar_client.transport import TlsFiles
 
 __all__ = [
     "BlockingConnection",
+    "BlockingReceipt",
     "BlockingStream",
     "Chunk",
     "ChunkStats",
@@ -30,13 +35,16 @@ __all__ = [
     "InvalidArgument",
     "NotFound",
     "OutputError",
+    "Receipt",
     "ResourceExhausted",
     "ServerError",
     "ServerUnavailable",
     "Stream",
     "StreamLost",
     "StreamOptions",
+    "TakenOver",
     "TimedOut",
+    "TlsFiles",
     "World",
     "connect",
     "connect_blocking",

@@ -8,9 +8,11 @@ from collections.abc import Coroutine, Iterator
 from typing import Any, Self, TypeVar
 
 from fastar_client.actions import Actions
+from fastar_client.controls import Receipt
 from fastar_client.protocol import Chunk, World
-from fastar_client.session import Connection, Stream, connect
-from fastar_client.transport import Transport
+from fastar_client.session import Connection, connect
+from fastar_client.stream import Stream
+from fastar_client.transport import TlsFiles, Transport
 
 T = TypeVar("T")
 
@@ -20,10 +22,24 @@ def connect_blocking(
     *,
     timeout: float = 60.0,
     connect_timeout: float = 5.0,
+    reconnect_seconds: float = 30.0,
+    tenant: str | None = None,
+    tls: bool | TlsFiles = False,
+    shared_memory: bool = False,
     transport: Transport | None = None,
 ) -> BlockingConnection:
     """As `connect`, to be entered with `with`."""
-    return BlockingConnection(connect(url, timeout=timeout, connect_timeout=connect_timeout, transport=transport))
+    connection = connect(
+        url,
+        timeout=timeout,
+        connect_timeout=connect_timeout,
+        reconnect_seconds=reconnect_seconds,
+        tenant=tenant,
+        tls=tls,
+        shared_memory=shared_memory,
+        transport=transport,
+    )
+    return BlockingConnection(connection)
 
 
 class BlockingConnection:
@@ -68,6 +84,14 @@ class BlockingConnection:
         """Parameters as `Connection.stream`."""
         return BlockingStream(self, self._connection.stream(prompt, **options))
 
+    def resume(self, token: str, chunk: int | None = None, **options: Any) -> BlockingStream:
+        """Parameters as `Connection.resume`."""
+        return BlockingStream(self, self._connection.resume(token, chunk, **options))
+
+    def fork(self, token: str, chunk: int | None = None, **options: Any) -> BlockingStream:
+        """Parameters as `Connection.fork`."""
+        return BlockingStream(self, self._connection.fork(token, chunk, **options))
+
     def close(self) -> None:
         """Ends all streams, then the connection. May be called again."""
         if self._loop is not None:
@@ -95,6 +119,25 @@ class BlockingConnection:
         self._loop = None
 
 
+class BlockingReceipt:
+    """As `Receipt`."""
+
+    def __init__(self, connection: BlockingConnection, receipt: Receipt) -> None:
+        self._connection = connection
+        self._receipt = receipt
+
+    @property
+    def id(self) -> int:
+        return self._receipt.id
+
+    def received(self) -> None:
+        self._connection._run(self._receipt.received())
+
+    def applied(self) -> int:
+        """Waits for a chunk that another thread, or the two requests in flight, must bring."""
+        return self._connection._run(self._receipt.applied())
+
+
 class BlockingStream:
     """As `Stream`: an iterator of `Chunk`. Leaving a `for` over it, for whatever reason, ends it."""
 
@@ -114,11 +157,46 @@ class BlockingStream:
     def actions(self, actions: Actions) -> None:
         self._stream.actions = actions
 
-    def act(self, action: str) -> int:
-        return self._connection._run(self._stream.act(action))
+    @property
+    def token(self) -> str | None:
+        return self._stream.token
 
-    def prompt(self, prompt: str) -> int:
-        return self._connection._run(self._stream.prompt(prompt))
+    @property
+    def reconnects(self) -> int:
+        return self._stream.reconnects
+
+    def act(self, action: str) -> BlockingReceipt:
+        return self._steer(self._stream.act(action))
+
+    def prompt(self, prompt: str, blend_chunks: int | None = None) -> BlockingReceipt:
+        return self._steer(self._stream.prompt(prompt, blend_chunks))
+
+    def set_fps(self, fps: float | None) -> BlockingReceipt:
+        return self._steer(self._stream.set_fps(fps))
+
+    def set_density(self, density: float) -> BlockingReceipt:
+        return self._steer(self._stream.set_density(density))
+
+    def set_seed(self, seed: int) -> BlockingReceipt:
+        return self._steer(self._stream.set_seed(seed))
+
+    def set_encoding(self, encoding: str) -> BlockingReceipt:
+        return self._steer(self._stream.set_encoding(encoding))
+
+    def pause(self) -> BlockingReceipt:
+        return self._steer(self._stream.pause())
+
+    def play(self) -> BlockingReceipt:
+        return self._steer(self._stream.play())
+
+    def snapshot(self) -> BlockingReceipt:
+        return self._steer(self._stream.snapshot())
+
+    def rewind(self, chunk: int) -> BlockingReceipt:
+        return self._steer(self._stream.rewind(chunk))
+
+    def _steer(self, change: Coroutine[Any, Any, Receipt]) -> BlockingReceipt:
+        return BlockingReceipt(self._connection, self._connection._run(change))
 
     def __iter__(self) -> Iterator[Chunk]:
         try:

@@ -17,6 +17,8 @@ from typing import Any
 from fastar_client.errors import FastarError, ResourceExhausted, ServerError, StreamLost, from_server
 from fastar_client.protocol import ControlReply
 
+REPLAYED = ("prompt", "density", "seed")  # kinds that change what is generated from then on
+
 
 class Receipt:
     """Of one control, or of what was changed before the stream began (id 0). Its errors never end the stream."""
@@ -73,7 +75,6 @@ class Controls:
         self._by_id: dict[int, Control] = {}
         self._early: list[Receipt] = []  # of changes that the start carries
         self._unanswered: deque[int | None] = deque()  # ids sent in this call, oldest first; None: a keepalive
-        self.changed = asyncio.Event()  # set whenever a control was answered
 
     @property
     def answered(self) -> bool:
@@ -104,7 +105,6 @@ class Controls:
             due = self._unanswered[0] if self._unanswered else "none"
             raise ServerError(f"stream: the receipt of control {reply.id} came where that of {due} was due")
         self._unanswered.popleft()
-        self.changed.set()
         control = None if reply.id is None else self._by_id.get(reply.id)
         error = from_server(reply.error) if reply.error is not None else None
         if control is None or control.chunk is not None:  # a keepalive or filler; or one that is replayed
@@ -145,8 +145,13 @@ class Controls:
             control.id = control.receipt.id = self.last
             self._by_id[self.last] = control
 
-    def message(self, id: int, again: bool) -> str:
-        """CONTROL of `id`, also where it is applied `again`; a filler where it has no effect any more."""
+    def to_replay(self, ids: tuple[int, ...], received: int) -> list[int]:
+        """Those of a chunk's applied controls that must precede it again, after a server that took `received`. What
+        the others did is in the chunk's own request, in the options of the resume, or undone."""
+        return [id for id in ids if id > received and (c := self._by_id.get(id)) and c.kind in REPLAYED]
+
+    def message(self, id: int, again: bool = False) -> str:
+        """CONTROL of `id`; a filler where it was refused, or applied and is not to be `again`."""
         control = self._by_id.get(id)
         if control is None or (control.chunk is not None and not again):
             return filler(id)
@@ -159,7 +164,8 @@ class Controls:
 
     def end(self, error: BaseException | None) -> None:
         """The stream is over: what is open will not happen."""
-        told = error if isinstance(error, FastarError) else StreamLost("control: the stream ended before it took effect")
+        ended = StreamLost("control: the stream ended before it took effect")
+        told = error if isinstance(error, FastarError) else ended
         for receipt in [*self._early, *(control.receipt for control in self._by_id.values())]:
             receipt._fail(told)
 

@@ -5,8 +5,6 @@ from __future__ import annotations
 import dataclasses
 from collections import deque
 
-from fastar_client.errors import StreamLost
-
 
 @dataclasses.dataclass(frozen=True)
 class Made:
@@ -22,6 +20,7 @@ class History:
 
     def __init__(self, first: int) -> None:
         self.first = first
+        self.stored = False  # whether we know of a snapshot before `first`
         self._made: deque[Made] = deque()
         self._before = 0  # highest control applied before `first`
 
@@ -37,7 +36,8 @@ class History:
         if made.rewound:
             if chunk < self.first:
                 self._made.clear()
-                self.first = chunk
+                self.first, self._before = chunk, 0
+            self.stored = True
             while self.next > chunk:
                 self._made.pop()
         self._made.append(made)
@@ -47,6 +47,7 @@ class History:
         while snapshot is not None and self.first < snapshot < self.next:
             self._before = max(self._before, *self._made.popleft().applied, 0)
             self.first += 1
+        self.stored = self.stored or self.first == snapshot
         return self._before
 
     def last_control(self, chunk: int) -> int:
@@ -58,11 +59,9 @@ class History:
         tells which that was; the request for it carries `actions`. So ask for `next`, where the server is likely to
         have that state (`at_end`) or any state will do; else for the newest snapshot that we know to be there."""
         uniform = all(made.actions == actions and not made.applied for made in self._made)
-        return self.next if at_end or uniform else self.first
+        return self.next if at_end or uniform or not self.stored else self.first
 
-    def check(self, chunk: int, received: int) -> None:
-        """Whether the state before `chunk`, which took controls up to `received`, is one of ours. Raises StreamLost."""
-        if not self.first <= chunk <= self.next:
-            raise StreamLost(f"stream: it was resumed at chunk {chunk}; we know how to go on at {self.first}..{self.next}")
-        if received < self.last_control(chunk):
-            raise StreamLost(f"stream: the snapshot of chunk {chunk} is from before a rewind")
+    def holds(self, chunk: int, received: int) -> bool:
+        """Whether we can go on from the state before `chunk`, which took controls up to `received`; not from one of
+        before a rewind."""
+        return self.first <= chunk <= self.next and received >= self.last_control(chunk)

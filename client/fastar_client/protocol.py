@@ -111,16 +111,13 @@ class ChunkRequest:
     control: str | None = None  # JSON; `actions` is then ("control",)
 
 
-NO_VIDEO = np.zeros((1, 0), np.uint8)
-
-
 @dataclasses.dataclass(frozen=True)
 class Reply:
     """One reply, as it travels: the outputs with their batch dimension."""
 
     frames: np.ndarray  # uint8 [1, frames, height, width, 3]
     stats: np.ndarray  # uint8 [1, bytes]
-    video: np.ndarray = NO_VIDEO  # uint8 [1, bytes]
+    video: np.ndarray = dataclasses.field(default_factory=lambda: np.zeros((1, 0), np.uint8))  # uint8 [1, bytes]
 
 
 @dataclasses.dataclass(frozen=True)

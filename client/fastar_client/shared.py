@@ -17,7 +17,7 @@ from tritonclient.grpc import InferRequestedOutput, InferResult
 from tritonclient.grpc.aio import InferenceServerClient
 from tritonclient.utils import InferenceServerException, shared_memory
 
-from fastar_client.errors import InvalidArgument, ServerError, invalid
+from fastar_client.errors import InvalidArgument, ServerError, ServerUnavailable, invalid
 from fastar_client.protocol import FRAMES, OUTPUTS
 
 REGIONS = 3  # two requests in flight, and one more while a stream is being taken up again
@@ -57,6 +57,8 @@ class Ring:
                 self._free.append(name)
         except (InferenceServerException, shared_memory.SharedMemoryException, OSError) as error:
             await self.close()
+            if isinstance(error, InferenceServerException) and "UNAVAILABLE" in str(error.status()):
+                raise ServerUnavailable(f"shared_memory: the server is gone ({error.message()})") from None
             what = error.message() if isinstance(error, InferenceServerException) else error
             why = f"shared_memory: the server does not share this host's memory ({what})"
             raise InvalidArgument(f"{why}; allowed: a server on this host and in its IPC namespace") from None

@@ -13,8 +13,8 @@ from fastar_client.protocol import Chunk
 
 
 class StreamTrace:
-    """The span `fastar.stream`, and under it one `fastar.chunk` per chunk that the reader takes: from the sending of its
-    request to its taking."""
+    """The span `fastar.stream`, and under it one `fastar.chunk` per chunk that the reader takes: from the sending of
+    its request to its taking."""
 
     def __init__(self, attributes: dict[str, Any]) -> None:
         api = sys.modules.get("opentelemetry.trace")

@@ -120,7 +120,7 @@ class Transport(Protocol):
     async def ready(self, timeout: float) -> bool:
         """Whether server and model are ready for streams. Raises ServerUnavailable, TimedOut."""
 
-    def open(self, metadata: Mapping[str, str], fresh: bool = False) -> Call:
+    def open(self, metadata: Mapping[str, str] | None = None, fresh: bool = False) -> Call:
         """A call with these headers. fresh: over a connection of its own, as the common one may be broken."""
 
     async def close(self) -> None: ...
@@ -154,9 +154,9 @@ class GrpcTransport:
         server = await self._ask(client.is_server_ready, timeout)
         return server and await self._ask(lambda **options: client.is_model_ready(MODEL, **options), timeout)
 
-    def open(self, metadata: Mapping[str, str], fresh: bool = False) -> Call:
+    def open(self, metadata: Mapping[str, str] | None = None, fresh: bool = False) -> Call:
         client = self._connected()
-        return GrpcCall(self._new_client() if fresh else client, self, metadata, own=fresh)
+        return GrpcCall(self._new_client() if fresh else client, self, metadata or {}, own=fresh)
 
     def _new_client(self) -> InferenceServerClient:
         return InferenceServerClient(self.url, creds=self._credentials, channel_args=CHANNEL)
@@ -234,6 +234,7 @@ class GrpcCall:
             self._ring = ring
 
     async def close(self) -> None:
+        self.half_close()  # lets gRPC's reader of our requests end
         self.cancel()
         if self._ring is not None:
             ring, self._ring = self._ring, None
@@ -309,8 +310,8 @@ class MockTransport:
     async def ready(self, timeout: float) -> bool:
         return self._ready
 
-    def open(self, metadata: Mapping[str, str], fresh: bool = False) -> Call:
-        self.opened.append(dict(metadata))
+    def open(self, metadata: Mapping[str, str] | None = None, fresh: bool = False) -> Call:
+        self.opened.append(dict(metadata or {}))
         return MockCall(self._serve)
 
     async def close(self) -> None:

@@ -43,6 +43,7 @@ class ScriptedServer:
     gate: asyncio.Semaphore | None = None  # one permit per reply
     requests: list[ChunkRequest] = dataclasses.field(default_factory=list)
     most_unanswered: int = 0
+    token: str | None = None  # without one, no stream can be resumed
 
     hang = "hang"
     finish = "finish"
@@ -50,7 +51,11 @@ class ScriptedServer:
     @property
     def chunks(self) -> list[ChunkRequest]:
         """The requests that asked for a chunk."""
-        return [r for r in self.requests if r.actions != ("end",)]
+        return [r for r in self.requests if r.actions not in (("end",), ("control",))]
+
+    @property
+    def controls(self) -> list[dict]:
+        return [json.loads(r.control) for r in self.requests if r.control is not None]
 
     @property
     def ends(self) -> list[ChunkRequest]:
@@ -114,6 +119,7 @@ class ScriptedServer:
             "process_bytes": 2**30,
         }
         if world:
+            stats["token"] = self.token
             stats["world"] = {
                 "name": "test",
                 "height": self.height,
@@ -127,6 +133,7 @@ class ScriptedServer:
                 "unknown_to_this_client": 1,
             }
         stats |= self.extra_stats | changed
+        stats |= {"encoding": "raw", "packets": []} | stats
         numbers = (np.arange(first, first + frames) % 256).astype(np.uint8)
         pixels = np.broadcast_to(numbers[:, None, None, None], (frames, self.height, self.width, 3))
         return Reply(np.ascontiguousarray(pixels)[None], np.frombuffer(json.dumps(stats).encode(), np.uint8)[None])
@@ -162,7 +169,8 @@ class Servicer(service_pb2_grpc.GRPCInferenceServiceServicer):
 
 def decode_request(message: pb.ModelInferRequest) -> ChunkRequest:
     assert message.model_name == MODEL
-    assert [(i.name, i.datatype) for i in message.inputs] == [(n, "BYTES") for n in ("ACTIONS", "PROMPT", "OPTIONS")]
+    names = ("ACTIONS", "PROMPT", "OPTIONS", "CONTROL")[: len(message.inputs)]
+    assert [(i.name, i.datatype) for i in message.inputs] == [(name, "BYTES") for name in names]
     texts = []
     for tensor, raw in zip(message.inputs, message.raw_input_contents, strict=True):
         texts.append(tuple(text.decode() for text in deserialize_bytes_tensor(raw)))
@@ -176,6 +184,7 @@ def decode_request(message: pb.ModelInferRequest) -> ChunkRequest:
         start=flags["sequence_start"].bool_param,
         end=flags["sequence_end"].bool_param,
         queue_seconds=flags["timeout"].int64_param / 1e6 if "timeout" in flags else None,
+        control=texts[3][0] if len(texts) > 3 else None,
     )
 
 
@@ -183,7 +192,7 @@ def encode_reply(reply: Reply | str) -> pb.ModelStreamInferResponse:
     if isinstance(reply, str):
         return pb.ModelStreamInferResponse(error_message=reply)
     response = pb.ModelInferResponse(model_name=MODEL)
-    for name, array in (("FRAMES", reply.frames), ("STATS", reply.stats)):
+    for name, array in (("FRAMES", reply.frames), ("VIDEO", reply.video), ("STATS", reply.stats)):
         if array is not None:
             response.outputs.add(name=name, datatype="UINT8", shape=array.shape)
             response.raw_output_contents.append(array.tobytes())
@@ -206,7 +215,7 @@ async def grpc_server(
 
 
 @contextlib.asynccontextmanager
-async def connected(kind: str, server: ScriptedServer, timeout: float = 5.0) -> AsyncIterator[Connection]:
+async def connected(kind: str, server: ScriptedServer, timeout: float = 5.0, **options) -> AsyncIterator[Connection]:
     """A client of `server` over `kind` ("mock" or "grpc")."""
     if kind == "mock":
 
@@ -215,10 +224,10 @@ async def connected(kind: str, server: ScriptedServer, timeout: float = 5.0) -> 
                 async for reply in replies:
                     yield from_server(reply) if isinstance(reply, str) else reply
 
-        async with connect(timeout=timeout, transport=MockTransport(serve)) as connection:
+        async with connect(timeout=timeout, transport=MockTransport(serve), **options) as connection:
             yield connection
     else:
-        async with grpc_server(server) as url, connect(url, timeout=timeout) as connection:
+        async with grpc_server(server) as url, connect(url, timeout=timeout, **options) as connection:
             yield connection
 
 

@@ -8,6 +8,7 @@ import threading
 import numpy as np
 import pytest
 from fastar_client import InvalidArgument, NotFound, ServerUnavailable, connect_blocking
+from live import LiveServer
 from scripted import ScriptedServer, threaded_server
 
 
@@ -16,8 +17,8 @@ def client_threads() -> list[threading.Thread]:
 
 
 @pytest.fixture
-def server():
-    return ScriptedServer()
+def server(request):
+    return LiveServer() if request.function is test_steering else ScriptedServer()
 
 
 @pytest.fixture
@@ -42,14 +43,23 @@ def test_a_loop_over_frames(server, url):
 def test_steering(server, url):
     with connect_blocking(url) as c, c.stream("a hall", actions=["a", "b", "c", "d"]) as stream:
         assert next(stream).actions == ("a", "b")
-        turned = stream.act("turn_left")
-        swamp = stream.prompt("a swamp")
-        for chunk in stream:
-            if chunk.stats.chunk == max(turned, swamp):
-                break
+        receipts = [stream.act("turn_left"), stream.prompt("a swamp"), stream.set_density(0.5), stream.snapshot()]
+        refused = stream.rewind(500)
+        assert [receipt.id for receipt in (*receipts, refused)] == [1, 2, 3, 4, 5]
+        for receipt in receipts:
+            receipt.received()
+        with pytest.raises(InvalidArgument, match="rewind"):
+            refused.applied()
+        stream.pause()
+        stream.play()
+        taken = [next(stream) for _ in range(6)]
+        turned = receipts[0].applied()
+        assert taken[turned - 1].actions == ("turn_left",)
+        assert {"id": 2, "prompt": "a swamp"} in taken[turned - 1].controls
         assert stream.actions == "turn_left"
-    assert [r.actions for r in server.chunks][turned] == ("turn_left",)
-    assert [r.prompt for r in server.chunks][swamp] == "a swamp"
+        token, snapshot = stream.token, receipts[3].applied()
+        with c.fork(token, snapshot) as fork:
+            assert next(fork).stats.chunk == snapshot
 
 
 @pytest.mark.parametrize("way", ["break", "exception", "context", "connection"])
