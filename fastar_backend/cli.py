@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import logging
 import signal
 import sys
@@ -9,7 +10,7 @@ import threading
 from collections.abc import Callable
 from pathlib import Path
 from types import FrameType
-from typing import Annotated
+from typing import Annotated, Any
 
 import typer
 from rich.console import Console
@@ -46,10 +47,38 @@ def serve(
     attention: Annotated[
         str, typer.Option(envvar="FASTAR_ATTENTION", help="dense, window, fastar, or JSON of all its settings.")
     ] = "fastar",
+    config: Annotated[
+        Path | None, typer.Option(help="JSON file of limits (ServiceConfig); the options beside it win.")
+    ] = None,
     max_streams: Annotated[
-        int, typer.Option(envvar="FASTAR_MAX_STREAMS", help="Streams at a time; more are refused.")
-    ] = 8,
-    idle_seconds: Annotated[float, typer.Option(help="A stream without requests for so long is dropped.")] = 60.0,
+        int | None,
+        typer.Option(envvar="FASTAR_MAX_STREAMS", help="Streams at a time; more are refused.", show_default="8"),
+    ] = None,
+    idle_seconds: Annotated[
+        float | None, typer.Option(help="A stream without requests for so long is dropped.", show_default="60")
+    ] = None,
+    snapshots: Annotated[
+        str | None,
+        typer.Option(
+            envvar="FASTAR_SNAPSHOTS",
+            help="Where streams are stored: a folder or any fsspec URL.",
+            show_default="a private folder, gone with the server",
+        ),
+    ] = None,
+    deterministic: Annotated[
+        bool | None,
+        typer.Option("--deterministic", help="Compute streams one by one: no bit depends on neighbours."),
+    ] = None,
+    tls_certificate: Annotated[
+        Path | None, typer.Option(help="PEM file; gRPC then speaks TLS, and HTTP listens on 127.0.0.1 only.")
+    ] = None,
+    tls_key: Annotated[Path | None, typer.Option(help="PEM file of its key.")] = None,
+    tls_client_ca: Annotated[
+        Path | None, typer.Option(help="PEM file: clients need a certificate that this CA signed (mutual TLS).")
+    ] = None,
+    tls_name: Annotated[
+        str, typer.Option(help="Name in the certificate by which the health check calls.")
+    ] = "localhost",
     threads: Annotated[int | None, typer.Option(help="CPU threads of the model.", show_default="all cores")] = None,
     log_level: Annotated[str, typer.Option(help="debug, info, warning or error.")] = "info",
     model_repository: Annotated[Path | None, typer.Option(help="Folder that holds fastar/config.pbtxt.")] = None,
@@ -57,9 +86,11 @@ def serve(
 ) -> None:
     """Serve live video streams. Ctrl-C drains and stops; a second one stops at once."""
     from fastar_backend.serve import Server, ServeSettings  # gRPC takes a second to import: not for --help
+    from fastar_backend.service.config import ServiceConfig
 
-    given = {name: value for name, value in locals().items() if name in ServeSettings.model_fields}
-    settings = parse(ServeSettings, {k: v for k, v in given.items() if v is not None}, "serve")
+    fields = ServeSettings.model_fields | ServiceConfig.model_fields
+    given = {name: value for name, value in locals().items() if name in fields and value is not None}
+    settings = parse(ServeSettings, given | ({"service": read_json(config)} if config else {}), "serve")
     logging.basicConfig(
         level=settings.log_level.upper(), format="%(asctime)s %(levelname)-7s %(message)s", datefmt="%H:%M:%S"
     )
@@ -77,11 +108,20 @@ def serve(
             say(f"  metrics  {server.metrics_url}")
             local = settings.host in ("127.0.0.1", "localhost", "::1")
             say("  Only this machine can connect; --host 0.0.0.0 opens it." if local else "  Open to the network.")
-            say(f"[bold green]Ready[/] for {settings.max_streams} streams. Ctrl-C stops.")
+            say(f"[bold green]Ready[/] for {settings.service.max_streams} streams. Ctrl-C stops.")
         server.wait()
     finally:
         server.stop()
     say("Stopped.")
+
+
+def read_json(path: Path) -> Any:
+    """Raises InvalidInput."""
+    try:
+        return json.loads(path.read_text())
+    except (OSError, ValueError) as error:
+        what = error.strerror if isinstance(error, OSError) else "not JSON"
+        raise InvalidInput("--config", f"{path}: {what}", "a JSON object of ServiceConfig's fields") from None
 
 
 def on_signal(stopping: threading.Event, kill: Callable[[], None]) -> None:

@@ -1,9 +1,10 @@
 """The process between the supervisor and tritonserver: whatever dies, nothing is left behind.
 
-Run as `python guard.py FOLDER SHARED_MEMORY_PREFIX COMMAND...`. It is tritonserver's parent. Standard input comes from
-the supervisor: a byte `T` asks the server to drain; end of file, which even a killed supervisor causes, kills it. When
-the server is gone, however that came about, its orphaned model processes are killed, FOLDER and the shared memory are
-removed, and the guard exits with the server's exit status.
+Run as `python guard.py FOLDER SHARED_MEMORY_PREFIX SNAPSHOTS COMMAND...`. It is tritonserver's parent. Standard input
+comes from the supervisor: a byte `T` asks the server to drain, `K` kills it; end of file, which even a killed
+supervisor causes, kills it, too, and then SNAPSHOTS (a folder, or "") is removed: nobody else would. When the server is
+gone, however that came about, its orphaned model processes are killed, FOLDER and the shared memory are removed, and
+the guard exits with the server's exit status.
 """
 
 from __future__ import annotations
@@ -27,9 +28,11 @@ def prctl(option: int, value: int) -> None:
     ctypes.CDLL(None).prctl(option, value, 0, 0, 0)
 
 
-def obey(child: subprocess.Popen[bytes]) -> None:
-    while os.read(0, 1) == b"T":
+def obey(child: subprocess.Popen[bytes], orphaned: threading.Event) -> None:
+    while (order := os.read(0, 1)) == b"T":
         child.terminate()
+    if not order:
+        orphaned.set()
     child.kill()
 
 
@@ -39,14 +42,15 @@ def clean(folder: str | Path, shared_memory: str) -> None:
         file.unlink(missing_ok=True)
 
 
-def main(folder: str, shared_memory: str, *command: str) -> int:
+def main(folder: str, shared_memory: str, snapshots: str, *command: str) -> int:
     prctl(PR_SET_CHILD_SUBREAPER, 1)  # orphaned stubs become ours
     # Should the guard itself be killed, the server goes with it.
     child = subprocess.Popen(
         command, stdin=subprocess.DEVNULL, preexec_fn=lambda: prctl(PR_SET_PDEATHSIG, signal.SIGKILL)
     )
     signal.signal(signal.SIGTERM, lambda *_: child.terminate())
-    threading.Thread(target=obey, args=(child,), daemon=True).start()
+    orphaned = threading.Event()
+    threading.Thread(target=obey, args=(child, orphaned), daemon=True).start()
     status = child.wait()
     left = psutil.Process().children(recursive=True)
     for process in left:
@@ -54,6 +58,8 @@ def main(folder: str, shared_memory: str, *command: str) -> int:
             process.kill()
     psutil.wait_procs(left, timeout=10)
     clean(folder, shared_memory)
+    if orphaned.is_set() and snapshots:
+        shutil.rmtree(snapshots, ignore_errors=True)
     return status if status >= 0 else 128 - status
 
 

@@ -19,7 +19,8 @@ from fastar_backend.serve.install import STUB, Installation
 from fastar_backend.serve.settings import ServeSettings
 
 SUPPORT = "triton_python_backend_utils.py"  # of Triton's Python backend, imported by the stub
-PARAMETERS = ("world", "device", "attention", "max_streams")
+PARAMETERS = ("world", "device", "attention", "service")
+HEADERS = "(?i)^(x-fastar-tenant|traceparent)$"  # of a gRPC call, handed to the model
 
 
 @dataclasses.dataclass(frozen=True)
@@ -57,10 +58,11 @@ def prepare(settings: ServeSettings, ports: dict[str, int], installation: Instal
 def render(config: str, settings: ServeSettings) -> str:
     """The model's configuration with these settings in it."""
     message = text_format.Parse(config, model_config_pb2.ModelConfig())
-    message.max_batch_size = settings.max_streams + 1  # the canary rides along
+    message.max_batch_size = settings.service.max_streams + 1
     batching = message.sequence_batching
-    batching.max_sequence_idle_microseconds = int(settings.idle_seconds * 1e6)
-    values = settings.model_dump(include=set(PARAMETERS)) | {"attention": settings.attention.model_dump_json()}
+    batching.max_sequence_idle_microseconds = int(settings.service.idle_seconds * 1e6)
+    values = {"world": settings.world, "device": settings.device}
+    values |= {name: getattr(settings, name).model_dump_json() for name in ("attention", "service")}
     for key in PARAMETERS:
         message.parameters[key].string_value = str(values[key])
     return text_format.MessageToString(message)
@@ -80,9 +82,15 @@ def _command(
         "grpc-keepalive-permit-without-calls": 1,
         "grpc-http2-max-pings-without-data": 0,
         "grpc-http2-min-recv-ping-interval-without-data": 5_000,
+        "grpc-header-forward-pattern": HEADERS,
     }
     for kind, port in ports.items():
         flags |= {f"{kind}-address": settings.host, f"{kind}-port": port}
+    if settings.tls_key:
+        flags |= {"grpc-server-cert": settings.tls_certificate, "grpc-server-key": settings.tls_key}
+        flags |= {"grpc-use-ssl": "true", "http-address": "127.0.0.1"}  # whose port has no TLS
+        if settings.tls_client_ca:
+            flags |= {"grpc-use-ssl-mutual": "true", "grpc-root-cert": settings.tls_client_ca}
     values = [f"--{name}={value}" for name, value in flags.items()]
     return [str(installation.server), "--disable-auto-complete-config", *values]
 

@@ -5,10 +5,12 @@ from __future__ import annotations
 import contextlib
 import logging
 import os
+import shutil
 import signal
 import socket
 import subprocess
 import sys
+import tempfile
 import threading
 import time
 from types import TracebackType
@@ -41,6 +43,7 @@ class Server:
         self.stopping = threading.Event()
         self.stopped = threading.Event()
         self.ports: dict[str, int] = {}
+        self._snapshots = ""  # a private folder for snapshots, where none is configured
         self._attempt: Attempt | None = None
         self._watcher: threading.Thread | None = None
 
@@ -74,7 +77,12 @@ class Server:
         """Returns when a canary has been answered, or when stop() was called meanwhile."""
         self._installation = install.find()
         self._repository = install.model_repository(self.settings.model_repository)
+        readable(self.settings)
         self.ports = free_ports(self.settings)
+        if self.settings.service.snapshots is None:
+            self._snapshots = tempfile.mkdtemp(prefix="fastar-snapshots-")  # outlives the model process, not us
+            service = self.settings.service.model_copy(update={"snapshots": self._snapshots})
+            self.settings = self.settings.model_copy(update={"service": service})
         try:
             self._launch()
         except BaseException:
@@ -95,6 +103,7 @@ class Server:
         self.stopping.set()
         if self._watcher:
             self._watcher.join()
+        self._forget_snapshots()
         self.stopped.set()
 
     def kill(self) -> None:
@@ -102,7 +111,12 @@ class Server:
         self.stopping.set()
         if self._attempt:
             self._attempt.kill()
+        self._forget_snapshots()
         self.stopped.set()
+
+    def _forget_snapshots(self) -> None:
+        if self._snapshots:
+            shutil.rmtree(self._snapshots, ignore_errors=True)
 
     @property
     def _reachable(self) -> str:
@@ -110,7 +124,7 @@ class Server:
 
     def _launch(self) -> None:
         launch = runtime.prepare(self.settings, self.ports, self._installation, self._repository)
-        self._attempt = Attempt(launch, self.grpc_url, self.settings)
+        self._attempt = Attempt(launch, self.grpc_url, self.settings, self._snapshots)
         self._attempt.wait_until_ready(self.stopping)
 
     def _watch(self) -> None:
@@ -143,7 +157,7 @@ class Server:
 class Attempt:
     """One life of tritonserver, from its launch to its death."""
 
-    def __init__(self, launch: runtime.Launch, url: str, settings: ServeSettings) -> None:
+    def __init__(self, launch: runtime.Launch, url: str, settings: ServeSettings, snapshots: str) -> None:
         self.settings = settings
         self.launch = launch
         self.url = url
@@ -151,7 +165,7 @@ class Attempt:
         self.probe: Probe | None = None
         # Its own session: Ctrl-C at the terminal reaches only us, and the whole group can be killed.
         self.guard = subprocess.Popen(
-            [sys.executable, guard.__file__, str(launch.folder), launch.shared_memory, *launch.command],
+            [sys.executable, guard.__file__, str(launch.folder), launch.shared_memory, snapshots, *launch.command],
             stdin=subprocess.PIPE,
             stdout=subprocess.PIPE,
             stderr=subprocess.STDOUT,
@@ -173,7 +187,7 @@ class Attempt:
                 raise ServerError(f"not ready after {self.settings.startup_timeout:g} s: {problem}")
             if listening(self.url):
                 try:
-                    self.probe = self.probe or Probe(self.url)
+                    self.probe = self.probe or Probe(self.url, self.settings)
                     self.probe.check(min(30.0, self.settings.hang_seconds))
                     return
                 except ServerError as error:
@@ -185,7 +199,7 @@ class Attempt:
     def watch(self, stopping: threading.Event) -> str | None:
         """Blocks while the server is well. Returns what is wrong with it, or None when `stopping`."""
         stubs = self.stubs()
-        period = min(self.settings.canary_seconds, self.settings.idle_seconds / 3)
+        period = min(self.settings.canary_seconds, self.settings.service.idle_seconds / 3)
         canary = Canary(self.probe, period, self.settings.hang_seconds)
         try:
             while not stopping.wait(POLL):
@@ -221,6 +235,7 @@ class Attempt:
     def kill(self) -> None:
         """Idempotent. The guard does it; the process group is for the case that the guard is dead."""
         with contextlib.suppress(BrokenPipeError, ValueError):
+            self.guard.stdin.write(b"K")
             self.guard.stdin.close()
         with contextlib.suppress(subprocess.TimeoutExpired):
             self.guard.wait(15)
@@ -264,6 +279,14 @@ class Canary:
                 if failures == 2 or "Deadline" in str(error):
                     self.failure = str(error)
                     return
+
+
+def readable(settings: ServeSettings) -> None:
+    """Raises InvalidInput naming the option of a file that cannot be read."""
+    for name in ("tls_certificate", "tls_key", "tls_client_ca"):
+        path = getattr(settings, name)
+        if path and not os.access(path, os.R_OK):
+            raise InvalidInput(f"--{name.replace('_', '-')}", f"cannot read {path}", "a PEM file")
 
 
 def free_ports(settings: ServeSettings) -> dict[str, int]:

@@ -7,10 +7,11 @@ import os
 from pathlib import Path
 from typing import Any, Literal
 
-from pydantic import Field, field_validator
+from pydantic import Field, field_validator, model_validator
 
 from fastar_backend.config import AttentionConfig, Config
 from fastar_backend.errors import FastarError
+from fastar_backend.service.config import ServiceConfig
 
 
 class ServerError(FastarError):
@@ -29,8 +30,7 @@ class ServeSettings(Config):
     world: str = "doom"  # a built-in name, or a folder with a checkpoint
     device: Literal["auto", "cpu", "cuda"] = "auto"
     attention: AttentionConfig = AttentionConfig()  # or its JSON, or a kind alone
-    max_streams: int = Field(8, ge=1, le=200)
-    idle_seconds: float = Field(60.0, ge=1, le=86400)  # a stream without requests for so long is dropped
+    service: ServiceConfig = ServiceConfig()  # its fields may also be given here, beside the others
     threads: int = Field(default_factory=lambda: len(os.sched_getaffinity(0)), ge=1, le=1024)
     log_level: Literal["debug", "info", "warning", "error"] = "info"
     model_repository: Path | None = None  # None: the one of this checkout
@@ -39,6 +39,30 @@ class ServeSettings(Config):
     canary_seconds: float = Field(5.0, gt=0)
     hang_seconds: float = Field(120.0, gt=0)  # a canary request unanswered for so long means a hung model
     max_restarts: int = Field(5, ge=0)  # in a row; a healthy minute forgives all
+    # PEM files. The health check calls the server by `tls_name`, trusts `tls_certificate` and, with mutual TLS, shows
+    # it: there the server's certificate must be signed by `tls_client_ca`, too.
+    tls_certificate: Path | None = None
+    tls_key: Path | None = None
+    tls_client_ca: Path | None = None  # mutual TLS: clients need a certificate that it signed
+    tls_name: str = "localhost"
+
+    @model_validator(mode="before")
+    @classmethod
+    def _service(cls, values: Any) -> Any:
+        """Moves the service's fields into `service`."""
+        if not isinstance(values, dict):
+            return values
+        flat = {name: value for name, value in values.items() if name in ServiceConfig.model_fields}
+        service = values.get("service", {})
+        service = service.model_dump() if isinstance(service, ServiceConfig) else service
+        rest = {name: value for name, value in values.items() if name not in flat and name != "service"}
+        return rest | {"service": service | flat if isinstance(service, dict) else service}
+
+    @model_validator(mode="after")
+    def _tls(self) -> ServeSettings:
+        if (self.tls_certificate is None) != (self.tls_key is None) or (self.tls_client_ca and not self.tls_key):
+            raise ValueError("tls_certificate and tls_key go together, and tls_client_ca with both")
+        return self
 
     @field_validator("attention", mode="before")
     @classmethod

@@ -8,6 +8,7 @@ engine thread, and written and read by the disk thread.
 
 from __future__ import annotations
 
+import ctypes
 import itertools
 import threading
 import time
@@ -64,7 +65,7 @@ class Service:
         self.streams = itertools.count(1)  # the engine's ids: a stream that is resumed keeps its own
         self.life = 10.0  # seconds that streams live, a running mean
         self.looked = self.swept = 0.0
-        self.stopping = self.freed = False  # freed: memory that could go back to the system
+        self.stopping = False
         self.process = psutil.Process()
         self.sender = ThreadPoolExecutor(1, "fastar-send")
         self.vault = Vault(store, engine, config.snapshots_kept, metrics, self.wake)
@@ -270,6 +271,7 @@ class Service:
 
     def _welcome(self, request: Request, session: Session) -> None:
         self.sessions[session.id] = session
+        self._publish()
         if self.tracing:
             session.trace = self.tracing.stream(request.traceparent, {"fastar.encoding": session.encoding})
         session.pending.append(request)
@@ -297,6 +299,9 @@ class Service:
         if now - self.swept > 60.0:
             self.swept = now
             self.vault.sweep()
+        self._publish()
+
+    def _publish(self) -> None:
         held = [session.booking for session in self.sessions.values()]
         queued = sum(len(session.pending) for session in self.sessions.values())
         self.metrics.streams(len(held), sum(s.paused_at is not None for s in self.sessions.values()))
@@ -309,8 +314,9 @@ class Service:
         try:
             session.applied = self.controls.apply(session)
             if not request.generates:
-                self._reply(request, Reply(self._stats(session)))
+                session.running = None
                 self._end(session, "end")
+                self._reply(request, Reply(self._stats(session)))
                 return None
             every, chunk = self.config.snapshot_chunks, self._next_chunk(session)
             if every and chunk and chunk % every == 0 and not session.saving and chunk not in session.stored:
@@ -352,15 +358,17 @@ class Service:
         if session.encoding != "raw" and session.encoder is None:
             height, width = chunk.frames.shape[1:3]
             session.encoder = make_encoder(session.encoding, session.fps or self.world["native_fps"], width, height)
-        self.sender.submit(self._send, request, session.encoder, session.trace, session.began, stats, chunk)
+        encoder = session.encoder
+        if request.ends:  # before its reply, so that who has seen that finds the slot free
+            session.encoder = None
+            self._end(session, "end")
+        self.sender.submit(self._send, request, encoder, session.trace, session.began, stats, chunk)
         start, frames = session.window
         frames += chunk.stats.frames
         if now - start >= FPS_WINDOW:
             self.metrics.fps(frames / (now - start))
             start, frames = now, 0
         session.window = (start, frames)
-        if request.ends:
-            self._end(session, "end")
 
     def _why_late(self, session: Session, request: Request) -> str:
         if session.resumed:
@@ -379,14 +387,15 @@ class Service:
         for request in [*([session.running] if session.running and error else []), *session.pending]:
             self._refuse(request, error or UnknownStream("stream: it has ended; allowed: requests before END"))
         session.pending.clear()
-        if free:
-            self.freed |= self.engine.close(session.stream)
+        if free and self.engine.close(session.stream):
+            self.sender.submit(ctypes.CDLL(None).malloc_trim, 0)  # glibc would keep the freed caches for itself
         if session.encoder is not None:
             self.sender.submit(session.encoder.close)
         if session.trace:
             session.trace.end(reason)
         self.life += 0.2 * (time.monotonic() - session.opened - self.life)
         self.metrics.ended(reason)
+        self._publish()
 
     def _stop(self) -> None:
         error = Stopping("server: it is stopping; allowed: resume by the stream's token")

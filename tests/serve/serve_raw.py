@@ -24,18 +24,22 @@ class Refused(Exception):
 
     @property
     def code(self) -> str:
-        match = re.search(r"\b(INVALID_ARGUMENT|NOT_FOUND|RESOURCE_EXHAUSTED|INTERNAL): ", str(self))
+        match = re.search(
+            r"\b(INVALID_ARGUMENT|NOT_FOUND|RESOURCE_EXHAUSTED|FAILED_PRECONDITION|UNAVAILABLE|CANCELLED|INTERNAL): ",
+            str(self),
+        )
         return match[1] if match else ""
 
 
 class Stream:
     """One sequence on one gRPC stream."""
 
-    def __init__(self, url: str, sequence: int | str | None = None) -> None:
-        self.client = triton.InferenceServerClient(url)
+    def __init__(self, url: str, sequence: int | str | None = None, tenant: str | None = None, **tls: Any) -> None:
+        self.client = triton.InferenceServerClient(url, **tls)
         self.sequence = secrets.randbits(62) + 1 if sequence is None else sequence
         self.replies: queue.Queue = queue.Queue()
-        self.client.start_stream(lambda result, error: self.replies.put((result, error)))
+        headers = {"x-fastar-tenant": tenant} if tenant else None
+        self.client.start_stream(lambda result, error: self.replies.put((result, error)), headers=headers)
 
     def __enter__(self) -> Stream:
         return self
@@ -73,9 +77,15 @@ class Stream:
         result, error = self.replies.get(timeout=timeout)
         if error is not None:
             raise Refused(error.message())
-        frames = result.as_numpy("FRAMES")
+        frames, self.video = result.as_numpy("FRAMES"), result.as_numpy("VIDEO").tobytes()
         assert frames.shape[0] == 1
         return frames[0], json.loads(result.as_numpy("STATS").tobytes())
+
+    def control(self, **values: Any) -> dict[str, Any]:
+        """Sends a control; its receipt, while no chunk's reply is due."""
+        texts = {"ACTIONS": "control", "PROMPT": "", "OPTIONS": "", "CONTROL": json.dumps(values)}
+        self.send(inputs=[tensor(name, [text]) for name, text in texts.items()])
+        return self.reply()[1]
 
     def chunk(self, *args: Any, **kwargs: Any) -> tuple[np.ndarray, dict[str, Any]]:
         self.send(*args, **kwargs)

@@ -43,7 +43,7 @@ def test_an_engine_bug_is_told_in_one_line_and_harms_nobody_else(fake_server, ca
         assert PROMPT not in str(refused.value)
         assert live.chunk(end=True)[1]["chunk"] == 1
     assert until(lambda: "ZeroDivisionError" in caplog.text, 5), "not in the log"
-    assert "model.py" in caplog.text
+    assert "service.py" in caplog.text
     assert PROMPT not in caplog.text
 
 
@@ -112,7 +112,7 @@ def test_a_vanished_client_is_swept_without_any_request(fake_server):
 
 
 def test_the_canary_waits_for_a_long_step_and_disturbs_nobody(fake_repository, fake_settings):
-    settings = fake_settings.model_copy(update={"canary_seconds": 0.2, "max_streams": 1, "idle_seconds": 10.0})
+    settings = fake_settings.model_copy(update={"canary_seconds": 0.2})
     with Server(settings) as server, Stream(server.grpc_url) as stream:
         assert stream.chunk(["stall"], PROMPT, start=True)[1]["chunk"] == 0
         assert stream.chunk(["stall"])[1]["chunk"] == 1

@@ -16,6 +16,7 @@ from fastar_backend.errors import InvalidInput
 from fastar_backend.serve import ServerError, ServeSettings, install, runtime
 from fastar_backend.serve.logs import ServerLog
 from fastar_backend.serve.server import free_ports
+from fastar_backend.service.config import ServiceConfig
 
 CONFIG = Path(__file__).parents[2] / "model_repository" / "fastar" / "config.pbtxt"
 
@@ -27,10 +28,12 @@ def test_the_rendered_configuration_holds_the_settings():
     message = text_format.Parse(runtime.render(CONFIG.read_text(), settings), model_config_pb2.ModelConfig())
     assert message.max_batch_size == 4
     assert message.sequence_batching.max_sequence_idle_microseconds == 1_500_000
-    assert message.sequence_batching.oldest.max_candidate_sequences >= settings.max_streams + 1
+    assert message.sequence_batching.oldest.max_candidate_sequences >= settings.service.max_streams + 1
     values = {key: value.string_value for key, value in message.parameters.items()}
     assert parse(AttentionConfig, json.loads(values.pop("attention")), "attention") == AttentionConfig(kind="window")
-    assert values == {"world": '/a "strange" path', "device": "cpu", "max_streams": "3"}
+    limits = parse(ServiceConfig, json.loads(values.pop("service")), "service")
+    assert limits == ServiceConfig(max_streams=3, idle_seconds=1.5)
+    assert values == {"world": '/a "strange" path', "device": "cpu"}
     # What the settings do not touch is as in the file.
     original = text_format.Parse(CONFIG.read_text(), model_config_pb2.ModelConfig())
     assert (message.input, message.output) == (original.input, original.output)
@@ -43,7 +46,10 @@ def test_settings_say_what_is_wrong():
         ({"attention": "{nope"}, "serve.attention"),
         ({"attention": '{"budget_frames": 0}'}, "serve.attention.budget_frames"),
         ({"grpc_port": 65536}, "serve.grpc_port"),
-        ({"max_streams": 0}, "serve.max_streams"),
+        ({"max_streams": 0}, "serve.service.max_streams"),
+        ({"service": {"utilisation": 2}}, "serve.service.utilisation"),
+        ({"service": 3}, "serve.service"),
+        ({"tls_key": "key.pem"}, "serve"),
     ):
         with pytest.raises(InvalidInput) as error:
             parse(ServeSettings, values, "serve")

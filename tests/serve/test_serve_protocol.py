@@ -12,6 +12,19 @@ from fastar_backend.engine.stream import ChunkStats
 pytestmark = pytest.mark.server
 
 PROMPT = "walking through a maze of corridors"
+SERVICE = [
+    "process_bytes",
+    "control",
+    "received",
+    "applied",
+    "actions",
+    "encoding",
+    "packets",
+    "queue_seconds",
+    "encode_seconds",
+    "late",
+    "snapshot_chunk",
+]
 
 
 @pytest.fixture(scope="module")
@@ -40,7 +53,7 @@ def test_a_stream_from_start_to_end(server, world):
         assert frames.dtype == np.uint8
         assert frames.shape[1:] == (world["height"], world["width"], 3)
         assert frames.std() > 1, "a blank picture"
-        assert set(stats) == {*ChunkStats.__dataclass_fields__, "process_bytes", *(["world"] if index == 0 else [])}
+        assert set(stats) == {*ChunkStats.__dataclass_fields__, *SERVICE, *(["world", "token"] if index == 0 else [])}
         assert (stats["chunk"], stats["first_frame"], stats["frames"]) == (index, first, len(frames))
         assert stats["process_bytes"] > 1e8
         assert 0 <= stats["density"] <= 1

@@ -39,8 +39,8 @@ CONFIG = {
 }
 
 
-def write(folder: Path) -> Path:
-    config = WorldConfig.model_validate(CONFIG)
+def write(folder: Path, values: dict = CONFIG) -> Path:
+    config = WorldConfig.model_validate(values)
     generator = torch.Generator().manual_seed(1)
     parts = {
         "dit": CausalDiT(config.model),
@@ -53,7 +53,7 @@ def write(folder: Path) -> Path:
         for key, value in module.state_dict().items()
     }
     (folder / "starts").mkdir(parents=True)
-    (folder / "world.json").write_text(json.dumps(CONFIG))
+    (folder / "world.json").write_text(json.dumps(values))
     save_file(state, folder / "weights.safetensors")
     for name, start in config.starts.items():
         width = config.width * config.frames_per_latent * len(start.actions)

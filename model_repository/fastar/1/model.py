@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import ctypes
 import json
 import os
 import threading
@@ -10,8 +9,6 @@ from typing import Any
 
 import torch
 import triton_python_backend_utils as pb_utils
-from fastar_backend.service.store import SnapshotStore
-from fastar_backend.service.telemetry import Metrics, Tracing, triton_factory
 
 from fastar_backend.config import AttentionConfig, parse
 from fastar_backend.engine.engine import StreamEngine
@@ -20,6 +17,8 @@ from fastar_backend.service.config import ServiceConfig
 from fastar_backend.service.report import as_fastar_error
 from fastar_backend.service.service import Service
 from fastar_backend.service.session import Reply, Request, json_object
+from fastar_backend.service.store import SnapshotStore
+from fastar_backend.service.telemetry import Metrics, Tracing, triton_factory
 
 LIMITS = {"ACTIONS": (64, 256), "PROMPT": (1, 4096), "OPTIONS": (1, 8192), "CONTROL": (1, 8192)}  # elements, bytes each
 HEADER = 64  # bytes of a request header that we read
@@ -125,9 +124,6 @@ class TritonPythonModel:
         while not self.stopping.wait(1.0):
             if os.getppid() != self.server:  # tritonserver was killed: it takes its model process with it
                 os._exit(1)
-            if self.service.freed:
-                self.service.freed = False
-                ctypes.CDLL(None).malloc_trim(0)  # glibc would keep the freed caches for itself
 
 
 def as_bytes(data: bytes) -> torch.Tensor:
