@@ -18,6 +18,7 @@ from fastar_client.errors import FastarError, ResourceExhausted, ServerError, St
 from fastar_client.protocol import ControlReply
 
 REPLAYED = ("prompt", "density", "seed")  # kinds that change what is generated from then on
+NOT_KEPT = ("snapshot", "rewind", "pause")  # kinds that a snapshot does not hold, if they were taken before it
 
 
 class Receipt:
@@ -133,9 +134,13 @@ class Controls:
             self.last = received
             self.requeue(waiting)
 
-    def lost(self, received: int) -> list[Control]:
-        """Those the server has taken, yet will not apply: they were not part of what it went on from."""
+    def open(self, received: int) -> list[Control]:
+        """Those up to `received` of which no chunk has told that they took effect."""
         return [c for c in self._by_id.values() if c.chunk is None and c.id <= received]
+
+    def rewind(self) -> Control | None:
+        """The newest rewind that has not taken effect yet."""
+        return next((c for c in reversed(self._by_id.values()) if c.chunk is None and c.kind == "rewind"), None)
 
     def requeue(self, controls: list[Control]) -> None:
         """Gives `controls` the next ids."""

@@ -16,7 +16,7 @@ from collections import deque
 from collections.abc import Callable
 from typing import Any
 
-from fastar_client.controls import Control, Controls, described, is_busy
+from fastar_client.controls import NOT_KEPT, Control, Controls, described, is_busy
 from fastar_client.decode import Decoder, is_small
 from fastar_client.errors import (
     FastarError,
@@ -338,8 +338,13 @@ class Link:
         assert history is not None
         assert self.world is not None
         assert self.token is not None
-        chunk = history.ask(asked.again, drained) if found is None else found.chunk
-        actions = asked.again if chunk == history.next else history[chunk].actions
+        rewind = self.controls.rewind()
+        to_rewound = found is None and rewind is not None  # then straight to where the rewind leads
+        if to_rewound:
+            chunk, actions = rewind.value, asked.again
+        else:
+            chunk = history.ask(asked.again, drained) if found is None else found.chunk
+            actions = asked.again if chunk == history.next else history[chunk].actions
         self.sequence_id = secrets.randbelow(2**63 - 1) + 1
         self.controls.new_call()
         self._call = self._transport.open(self._headers, fresh=True)
@@ -354,12 +359,19 @@ class Link:
             sent = self._send_replayed(history[chunk], known)
         reply, stats = await self._following(timeout)
         received = stats.received if known is None else known
-        fresh = stats.chunk == history.next or self._rewinds(stats)
-        if not history.holds(history.next if fresh else stats.chunk, received):
+        fresh = to_rewound or stats.chunk == history.next
+        if to_rewound and stats.chunk != rewind.value:  # refused it would have been
+            raise Elsewhere(history.next, None)
+        if not to_rewound and rewind is not None and rewind.id <= received:
+            raise Diverged("stream: it cannot be resumed (it was lost with a rewind under way)")
+        if not to_rewound and not history.holds(stats.chunk, received):
             raise Elsewhere(history.first, None)
         if fresh:
-            # Taken in as if it had never been lost; what the state lacks of controls follows below.
-            await self._take_chunk(reply, stats)
+            # Taken in as if it had never been lost. What the server had taken before the state is in it: applied or,
+            # for some kinds, forgotten; these follow below with what it has not taken.
+            inside = {c.id for c in self.controls.open(received) if c.kind not in NOT_KEPT}
+            inside |= {rewind.id} if to_rewound else set()
+            await self._take_chunk(reply, dataclasses.replace(stats, applied=tuple(sorted({*stats.applied, *inside}))))
         else:
             made = history[stats.chunk]
             needed = self.controls.to_replay(made.applied, received)
@@ -368,7 +380,7 @@ class Link:
             for number in range(stats.chunk + 1, history.next):
                 sent = self._send_replayed(history[number], max(sent, received))
                 await self._replay(number, history[number], received)
-        self.controls.requeue(self.controls.lost(received))
+        self.controls.requeue(self.controls.open(received))
         if not fresh and self.options.encoding == "h264":
             self.controls.add("encoding", "h264")  # the replayed packets are dropped: begin anew with the next ones
         self.broken = False
@@ -376,11 +388,6 @@ class Link:
         for waiting in self.asked:
             self._call.send(ChunkRequest(self.sequence_id, waiting.again))
         self.watch()
-
-    def _rewinds(self, stats: ChunkStats) -> bool:
-        """Whether a rewind that was under way took effect with this chunk."""
-        under_way = [c for id in stats.applied if (c := self.controls.get(id)) is not None and c.chunk is None]
-        return any(control.kind == "rewind" for control in under_way)
 
     def _send_replayed(self, made: Made, received: int) -> int:
         """Sends the controls that took effect with a chunk, and fills the gaps; returns the last id sent."""

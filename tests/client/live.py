@@ -9,6 +9,7 @@ import hashlib
 import io
 import json
 from collections.abc import AsyncIterator
+from fractions import Fraction
 
 import av
 import numpy as np
@@ -111,7 +112,13 @@ class LiveServer(ScriptedServer):
                 out.put_nowait(Died("gone") if cut == "after" else reply)
             out.put_nowait(None)
 
-        tasks = [asyncio.create_task(read()), asyncio.create_task(work())]
+        async def guarded(task) -> None:
+            try:
+                await task
+            except Exception as error:  # a bug of this server
+                out.put_nowait(error)
+
+        tasks = [asyncio.create_task(guarded(read())), asyncio.create_task(guarded(work()))]
         try:
             while (item := await out.get()) is not None:
                 if isinstance(item, Exception):
@@ -237,7 +244,7 @@ class Encoder:
         if encoding == "h264":
             self.codec = av.CodecContext.create("libx264", "w")
             self.codec.height, self.codec.width, self.codec.pix_fmt = height, width, "yuv420p"
-            self.codec.time_base = "1/24"
+            self.codec.time_base = Fraction(1, 24)
             self.codec.options = {
                 "preset": "ultrafast",
                 "tune": "zerolatency",
