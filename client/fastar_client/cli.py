@@ -1,7 +1,7 @@
 """The `fastar-client` command: watch a live stream from a terminal, and keep it as files.
 
 Exit codes: 0 done (also when --max-seconds ran out), 2 bad usage or invalid input, 130 or 143 stopped by Ctrl-C or
-SIGTERM, 1 any other failure. Errors are one line on stderr.
+SIGTERM, 1 any other failure (also a replay that differs). Errors are one line on stderr.
 """
 
 from __future__ import annotations
@@ -19,15 +19,24 @@ import typer
 from rich.console import Console
 from rich.progress import BarColumn, Progress, TextColumn
 
+from fastar_client import eventlog
 from fastar_client.actions import Actions, parse_script
 from fastar_client.errors import FastarError, InvalidArgument, OutputError, invalid
 from fastar_client.protocol import Chunk, StreamOptions
 from fastar_client.session import Connection, connect
 from fastar_client.timing import ArrivalLog
+from fastar_client.transport import TlsFiles
 from fastar_client.video import Mp4Writer, Sampler, contact_sheet, output_errors, write_bytes, write_json
 
 app = typer.Typer(help=__doc__, add_completion=False, rich_markup_mode=None, pretty_exceptions_enable=False)
 Url = Annotated[str, typer.Option(help="host:port of Triton's gRPC port")]
+Tls = Annotated[bool, typer.Option("--tls", help="TLS, checked against the system's authorities")]
+Ca = Annotated[Path | None, typer.Option(help="TLS, checked against the authorities in this PEM file")]
+Certificate = Annotated[Path | None, typer.Option(help="TLS, with our own certificate (PEM)")]
+Key = Annotated[Path | None, typer.Option(help="of that certificate (PEM)")]
+Tenant = Annotated[str | None, typer.Option(help="in whose name  [default: the server's]")]
+Timeout = Annotated[float, typer.Option(help="seconds without an answer that count as failure")]
+Reconnect = Annotated[float, typer.Option(help="seconds to try to take up a stream that was lost; 0: not at all")]
 Debug = Annotated[bool, typer.Option("--debug", help="show tracebacks")]
 URL = "localhost:8001"
 
@@ -45,30 +54,74 @@ def stream(
     attention: Annotated[str | None, typer.Option(help='JSON object, e.g. {"kind": "dense"}')] = None,
     out: Annotated[Path, typer.Option(help="folder for video.mp4, contact.png and timings.json")] = Path("out"),
     max_seconds: Annotated[float | None, typer.Option(help="stop after this time")] = None,
-    timeout: Annotated[float, typer.Option(help="seconds without an answer that count as failure")] = 60.0,
+    encoding: Annotated[str, typer.Option(help="how frames travel: raw, jpeg or h264")] = "raw",
+    event_log: Annotated[Path | None, typer.Option(help="file for what is needed to replay the stream")] = None,
+    timeout: Timeout = 60.0,
+    reconnect_seconds: Reconnect = 30.0,
+    tenant: Tenant = None,
+    tls: Tls = False,
+    ca: Ca = None,
+    certificate: Certificate = None,
+    key: Key = None,
     debug: Debug = False,
 ) -> int:
     """Stream live video into a folder."""
     if max_seconds is not None and not 0 < max_seconds < float("inf"):
         raise invalid("max_seconds", max_seconds, "a number of seconds > 0")
     settings = None if attention is None else json_object("attention", attention)
-    options = StreamOptions(prompt, frames, seed, start, settings, fps=fps)
+    options = StreamOptions(prompt, frames, seed, start, settings, fps=fps, encoding=encoding)
     script = parse_script(actions, loop=not once)
-    connection = connect(url, timeout=timeout)
+    secure = tls_files(tls, ca, certificate, key)
+    connection = connect(url, timeout=timeout, reconnect_seconds=reconnect_seconds, tenant=tenant, tls=secure)
     with output_errors(out):
         out.mkdir(parents=True, exist_ok=True)
-    with Recording(out, options) as recording:
+    events = None if event_log is None else eventlog.EventLog(event_log, options)
+    with events or contextlib.nullcontext(), Recording(out, options, events) as recording:
         asyncio.run(record(connection, options, script, recording, max_seconds))
     print(recording.summary())
     return recording.exit_code
 
 
 @app.command()
-def ping(url: Url = URL, debug: Debug = False) -> int:
+def replay(
+    file: Annotated[Path, typer.Argument(help="written by `fastar-client stream --event-log`")],
+    url: Url = URL,
+    timeout: Timeout = 60.0,
+    tenant: Tenant = None,
+    tls: Tls = False,
+    ca: Ca = None,
+    certificate: Certificate = None,
+    key: Key = None,
+    debug: Debug = False,
+) -> int:
+    """Run a recorded stream again, and compare its frames with those that were recorded."""
+    options, recorded = eventlog.read(file)
+
+    async def run() -> eventlog.Comparison:
+        secure = tls_files(tls, ca, certificate, key)
+        async with connect(url, timeout=timeout, tenant=tenant, tls=secure) as connection:
+            return await eventlog.replay(connection, options, recorded)
+
+    result = asyncio.run(run())
+    first = result.first_difference
+    differs = "" if first is None else f"; the first that differs: chunk {recorded[first].chunk}"
+    print(f"{result.identical} of {result.chunks} chunks identical{differs}")
+    return 0 if result.identical == result.chunks else 1
+
+
+@app.command()
+def ping(
+    url: Url = URL,
+    tls: Tls = False,
+    ca: Ca = None,
+    certificate: Certificate = None,
+    key: Key = None,
+    debug: Debug = False,
+) -> int:
     """Ask whether server and model are ready."""
 
     async def ask() -> tuple[bool, float]:
-        async with connect(url) as connection:
+        async with connect(url, tls=tls_files(tls, ca, certificate, key)) as connection:
             asked = time.monotonic()
             return await connection.ready(), time.monotonic() - asked
 
@@ -80,11 +133,16 @@ def ping(url: Url = URL, debug: Debug = False) -> int:
     return 0
 
 
+def tls_files(tls: bool, ca: Path | None, certificate: Path | None, key: Path | None) -> bool | TlsFiles:
+    return TlsFiles(ca, certificate, key) if ca or certificate or key else tls
+
+
 class Recording:
     """The files of one stream. Whatever ends it, they are completed with what had arrived."""
 
-    def __init__(self, out: Path, options: StreamOptions) -> None:
+    def __init__(self, out: Path, options: StreamOptions, events: eventlog.EventLog | None = None) -> None:
         self.out = out
+        self._events = events
         self.ended = "frames"  # or max_seconds, interrupted, error
         self.exit_code = 0
         self._options = options
@@ -100,6 +158,8 @@ class Recording:
             self._video.fps = self._options.fps or self._world.native_fps
         self._sampler.add(chunk.stats.first_frame, chunk.frames)
         self._video.write(chunk.frames)
+        if self._events is not None:
+            self._events.add(chunk)
 
     def __enter__(self) -> Recording:
         return self

@@ -13,6 +13,7 @@ from collections.abc import AsyncIterator, Iterator
 
 import grpc
 import numpy as np
+import trustme
 from fastar_client.errors import FastarError, from_server
 from fastar_client.protocol import MODEL, ChunkRequest, Reply
 from fastar_client.session import Connection, connect
@@ -201,12 +202,18 @@ def encode_reply(reply: Reply | str) -> pb.ModelStreamInferResponse:
 
 @contextlib.asynccontextmanager
 async def grpc_server(
-    server: ScriptedServer, status: grpc.StatusCode = grpc.StatusCode.UNAVAILABLE
+    server: ScriptedServer, status: grpc.StatusCode = grpc.StatusCode.UNAVAILABLE, authority: trustme.CA | None = None
 ) -> AsyncIterator[str]:
-    """Yields its host:port."""
+    """Yields its host:port. authority: who signed its certificate and must have signed the client's; None: no TLS."""
     listener = grpc.aio.server()
     service_pb2_grpc.add_GRPCInferenceServiceServicer_to_server(Servicer(server, status), listener)
-    port = listener.add_insecure_port("127.0.0.1:0")
+    if authority is None:
+        port = listener.add_insecure_port("127.0.0.1:0")
+    else:
+        ours = authority.issue_cert("localhost")
+        pair = (ours.private_key_pem.bytes(), ours.cert_chain_pems[0].bytes())
+        credentials = grpc.ssl_server_credentials([pair], authority.cert_pem.bytes(), require_client_auth=True)
+        port = listener.add_secure_port("127.0.0.1:0", credentials)
     await listener.start()
     try:
         yield f"127.0.0.1:{port}"
@@ -232,13 +239,13 @@ async def connected(kind: str, server: ScriptedServer, timeout: float = 5.0, **o
 
 
 @contextlib.contextmanager
-def threaded_server(server: ScriptedServer) -> Iterator[str]:
+def threaded_server(server: ScriptedServer, authority: trustme.CA | None = None) -> Iterator[str]:
     """`grpc_server` in a thread of its own, for callers that block. Yields its host:port."""
     url: list[str] = []
     started, stop = threading.Event(), threading.Event()
 
     async def serve() -> None:
-        async with grpc_server(server) as at:
+        async with grpc_server(server, authority=authority) as at:
             url.append(at)
             started.set()
             while not stop.is_set():

@@ -13,7 +13,9 @@ from pathlib import Path
 
 import av
 import pytest
+import trustme
 from fastar_client import cli
+from live import LiveServer
 from PIL import Image
 from scripted import ScriptedServer, threaded_server
 
@@ -97,7 +99,7 @@ def test_a_killed_server(tmp_path):
     scripted = [sys.executable, str(Path(__file__).with_name("scripted.py"))]
     with subprocess.Popen(scripted, stdout=subprocess.PIPE, text=True) as server:
         url = server.stdout.readline().strip()
-        arguments = ["stream", "--url", url, "--prompt", "a hall", "--out", str(tmp_path)]
+        arguments = ["stream", "--url", url, "--prompt", "a hall", "--out", str(tmp_path), "--reconnect-seconds", "0"]
         with subprocess.Popen([*COMMAND, *arguments], stderr=subprocess.PIPE, text=True) as client:
             _, stderr = client.communicate(timeout=20)
     assert client.returncode == 1
@@ -193,6 +195,12 @@ BAD = [
     (["--max-seconds", "0"], "max_seconds: got 0.0"),
     (["--timeout", "-1"], "timeout: got -1.0"),
     (["--url", "localhost"], "url: got 'localhost'"),
+    (["--encoding", "gif"], "encoding: got 'gif'; allowed: raw, jpeg, h264"),
+    (["--tenant", "a b"], "tenant: got 'a b'"),
+    (["--reconnect-seconds", "-1"], "reconnect_seconds: got -1.0"),
+    (["--ca", "/no/such/file"], "tls.ca: got '/no/such/file'; allowed: a readable PEM file"),
+    (["--certificate", "/dev/null"], "tls.key: got None; allowed: certificate and key together"),
+    (["--ca", "/dev/null"], "tls.ca: got '/dev/null'; allowed: a PEM file"),
     (["--no-such-option"], "--no-such-option"),
 ]
 
@@ -232,6 +240,47 @@ def test_ping(monkeypatch, capsys):
         assert done[0] == code
         assert ("ready (" in done[1]) is ready
         assert ready or "not ready" in done[2]
+
+
+def test_an_event_log_is_replayed(tmp_path, monkeypatch, capsys):
+    log = tmp_path / "events.jsonl"
+    with threaded_server(LiveServer()) as url:
+        arguments = ["--actions", "forward*3,turn_left", "--frames", "30", "--seed", "7", "--event-log", str(log)]
+        assert stream(url, tmp_path, *arguments).returncode == 0
+        lines = [json.loads(line) for line in log.read_text().splitlines()]
+        assert lines[0]["options"]["prompt"] == "a hall"
+        assert [line["chunk"] for line in lines[1:]] == list(range(8))
+        assert lines[1]["actions"] == ["forward", "forward"]
+        replayed = ["replay", str(log), "--url", url]
+        assert command(*replayed, monkeypatch=monkeypatch, capsys=capsys) == (0, "8 of 8 chunks identical\n", "")
+        lines[4]["actions"] = ["jump"]
+        log.write_text("".join(json.dumps(line) + "\n" for line in lines))
+        code, out, _ = command(*replayed, monkeypatch=monkeypatch, capsys=capsys)
+        assert (code, out) == (1, "3 of 8 chunks identical; the first that differs: chunk 3\n")
+    for text in ("", "{}", '{"event": "open", "version": 9}\n', log.read_text().splitlines()[0] + "\n"):
+        log.write_text(text)
+        code, _, stderr = command("replay", str(log), monkeypatch=monkeypatch, capsys=capsys)
+        assert code == 2
+        assert is_one_line(stderr)
+        assert "event_log: got" in stderr
+
+
+def test_tls(tmp_path, monkeypatch, capsys):
+    authority = trustme.CA()
+    authority.cert_pem.write_to_path(tmp_path / "ca.pem")
+    ours = authority.issue_cert("client@example.org")
+    ours.private_key_pem.write_to_path(tmp_path / "key.pem")
+    ours.cert_chain_pems[0].write_to_path(tmp_path / "cert.pem")
+    ask = {"monkeypatch": monkeypatch, "capsys": capsys}
+    files = ["--ca", f"{tmp_path}/ca.pem", "--certificate", f"{tmp_path}/cert.pem", "--key", f"{tmp_path}/key.pem"]
+    with threaded_server(ScriptedServer(), authority) as url:
+        secure = url.replace("127.0.0.1", "localhost")
+        assert command("ping", "--url", secure, *files, **ask)[0] == 0
+        assert stream(secure, tmp_path, "--frames", "4", *files).returncode == 0
+        for arguments in (["--ca", f"{tmp_path}/ca.pem"], ["--tls"], []):  # no certificate; unknown authority; no TLS
+            code, _, stderr = command("ping", "--url", secure, *arguments, **ask)
+            assert code == 1
+            assert is_one_line(stderr)
 
 
 def test_debug_shows_the_traceback(monkeypatch):
