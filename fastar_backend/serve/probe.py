@@ -69,7 +69,7 @@ class Probe:
             if start:
                 self.sequence, self.replies = secrets.randbits(62) + 1, queue.Queue()
                 replies = self.replies
-                self.client.start_stream(lambda *reply: replies.put(reply))
+                self.client.start_stream(lambda result, error: replies.put((result, error)))
             self.client.async_stream_infer(
                 "fastar", inputs, sequence_id=self.sequence, sequence_start=start, sequence_end=end
             )

@@ -20,6 +20,9 @@ from fastar_backend.serve.settings import ServeSettings
 
 SUPPORT = "triton_python_backend_utils.py"  # of Triton's Python backend, imported by the stub
 PARAMETERS = ("world", "device", "attention", "service")
+# Seconds that Triton remembers an idle sequence longer than the service does: it counts from the last request, also
+# while that is being computed; and who comes back too late is to hear it from the service.
+TRITON_IDLE = 60.0
 HEADERS = "(?i)^(x-fastar-tenant|traceparent)$"  # of a gRPC call, handed to the model
 
 
@@ -60,7 +63,7 @@ def render(config: str, settings: ServeSettings) -> str:
     message = text_format.Parse(config, model_config_pb2.ModelConfig())
     message.max_batch_size = settings.service.max_streams + 1
     batching = message.sequence_batching
-    batching.max_sequence_idle_microseconds = int(settings.service.idle_seconds * 1e6)
+    batching.max_sequence_idle_microseconds = int((settings.service.idle_seconds + TRITON_IDLE) * 1e6)
     values = {"world": settings.world, "device": settings.device}
     values |= {name: getattr(settings, name).model_dump_json() for name in ("attention", "service")}
     for key in PARAMETERS:

@@ -40,7 +40,6 @@ from fastar_backend.service.telemetry import Metrics, Tracing
 from fastar_backend.service.vault import Vault
 
 LOOK_SECONDS = 0.25  # between looks at who is gone
-IDLE_MARGIN = 5.0  # seconds that a stream outlives the idle limit, so that Triton is the first to forget it
 FPS_WINDOW = 2.0  # seconds over which a stream's frame rate is measured
 
 
@@ -294,7 +293,7 @@ class Service:
                 self._end(session, "wall", expired(f"it lived {config.wall_seconds:g} s"))
             elif session.paused_at is not None and now - session.paused_at > config.paused_seconds:
                 self._end(session, "paused", expired(f"it was paused for {config.paused_seconds:g} s"))
-            elif not session.pending and now - session.seen > config.idle_seconds + IDLE_MARGIN:
+            elif not session.pending and now - session.seen > config.idle_seconds:
                 self._end(session, "idle", expired(f"it was idle for {config.idle_seconds:g} s"))
         if now - self.swept > 60.0:
             self.swept = now

@@ -17,6 +17,7 @@ import psutil
 import tritonclient.grpc as triton
 
 MODEL_PROCESS = "triton_python_backend_stub"
+CODES = "INVALID_ARGUMENT|NOT_FOUND|RESOURCE_EXHAUSTED|FAILED_PRECONDITION|UNAVAILABLE|CANCELLED|INTERNAL"
 
 
 class Refused(Exception):
@@ -24,10 +25,7 @@ class Refused(Exception):
 
     @property
     def code(self) -> str:
-        match = re.search(
-            r"\b(INVALID_ARGUMENT|NOT_FOUND|RESOURCE_EXHAUSTED|FAILED_PRECONDITION|UNAVAILABLE|CANCELLED|INTERNAL): ",
-            str(self),
-        )
+        match = re.search(rf"\b({CODES}): ", str(self))
         return match[1] if match else ""
 
 

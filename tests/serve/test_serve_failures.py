@@ -163,8 +163,8 @@ def test_silently_wrong_bytes_are_never_ready(fake_repository, fake_settings, tm
     broken = tmp_path / "fastar" / "1"
     broken.mkdir(parents=True)
     (tmp_path / "fastar" / "config.pbtxt").write_text((fake_repository / "fastar" / "config.pbtxt").read_text())
-    assert "json.dumps(stats).encode()" in text
-    (broken / "model.py").write_text(text.replace("json.dumps(stats).encode()", "bytes(300)"))
+    assert "json.dumps(reply.stats).encode()" in text
+    (broken / "model.py").write_text(text.replace("json.dumps(reply.stats).encode()", "bytes(300)"))
     server = Server(fake_settings.model_copy(update={"model_repository": tmp_path}))
     with pytest.raises(ServerError, match="wrong bytes"):
         server.start()

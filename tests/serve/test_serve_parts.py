@@ -27,7 +27,7 @@ def test_the_rendered_configuration_holds_the_settings():
     )
     message = text_format.Parse(runtime.render(CONFIG.read_text(), settings), model_config_pb2.ModelConfig())
     assert message.max_batch_size == 4
-    assert message.sequence_batching.max_sequence_idle_microseconds == 1_500_000
+    assert message.sequence_batching.max_sequence_idle_microseconds == 61_500_000
     assert message.sequence_batching.oldest.max_candidate_sequences >= settings.service.max_streams + 1
     values = {key: value.string_value for key, value in message.parameters.items()}
     assert parse(AttentionConfig, json.loads(values.pop("attention")), "attention") == AttentionConfig(kind="window")

@@ -12,19 +12,8 @@ from fastar_backend.engine.stream import ChunkStats
 pytestmark = pytest.mark.server
 
 PROMPT = "walking through a maze of corridors"
-SERVICE = [
-    "process_bytes",
-    "control",
-    "received",
-    "applied",
-    "actions",
-    "encoding",
-    "packets",
-    "queue_seconds",
-    "encode_seconds",
-    "late",
-    "snapshot_chunk",
-]
+SERVICE = {"process_bytes", "control", "received", "applied", "actions", "encoding", "packets", "queue_seconds"}
+SERVICE |= {"encode_seconds", "late", "snapshot_chunk"}
 
 
 @pytest.fixture(scope="module")
