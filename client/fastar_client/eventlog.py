@@ -128,10 +128,8 @@ async def replay(connection: Connection, options: StreamOptions, recorded: list[
         await steer(stream, control, wait=False)
     index = 0
     async for chunk in stream:
-        if index < len(recorded) and (chunk.stats.chunk, digest(chunk)) == (
-            recorded[index].chunk,
-            recorded[index].sha256,
-        ):
+        theirs = recorded[index] if index < len(recorded) else None
+        if theirs is not None and (chunk.stats.chunk, digest(chunk)) == (theirs.chunk, theirs.sha256):
             result.identical += 1
         elif result.first_difference is None:
             result.first_difference = index

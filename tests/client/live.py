@@ -212,7 +212,7 @@ class LiveServer(ScriptedServer):
                 state.feed(kind, control[kind], control.get("blend_chunks"))
         if self.snapshot_every and state.chunk and state.chunk % self.snapshot_every == 0:
             self.stored[session.token, state.chunk] = copy.deepcopy(state)
-        state.feed("actions", list(actions))
+        state.feed("actions", list(actions) * (self.latent_frames // len(actions)))  # one is held for all
         chunk = state.chunk
         state.chunk += 1
         self.made.append(chunk)

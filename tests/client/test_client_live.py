@@ -9,9 +9,14 @@ import json
 
 import numpy as np
 import pytest
-from fastar_client import InvalidArgument, NotFound, ServerError, StreamLost, TakenOver, connect
+from fastar_client import InvalidArgument, NotFound, ServerError, StreamLost, TakenOver, connect, eventlog
 from fastar_client import link as link_module
+from fastar_client.protocol import Origin
 from live import LiveServer
+from opentelemetry import trace
+from opentelemetry.sdk.trace import TracerProvider
+from opentelemetry.sdk.trace.export import SimpleSpanProcessor
+from opentelemetry.sdk.trace.export.in_memory_span_exporter import InMemorySpanExporter
 from scripted import connected, until
 from test_client_session import both, run
 
@@ -513,3 +518,62 @@ def test_tenant_and_other_arguments():
     ):
         with pytest.raises(InvalidArgument, match=f"^{field}: got "):
             connect(**options)
+
+
+def test_a_log_with_controls_is_replayed(tmp_path):
+    async def test():
+        server = LiveServer(step_seconds=0.002, cuts={6: "after", 9: "restart"})
+        async with connected("mock", server) as c:
+            stream = c.stream("a hall", actions="forward")
+            early = await stream.set_density(0.3)
+            with eventlog.EventLog(tmp_path / "log", stream.options) as log:
+                async for chunk in stream:
+                    log.add(chunk)
+                    await steer_a_lot(stream, chunk.stats.chunk)
+                    if chunk.stats.chunk == 10 and stream.frames_received < 60:
+                        await stream.rewind(8)
+                        await stream.pause()
+                        await stream.play()
+                    if stream.frames_received > 90:
+                        break
+            assert await early.applied() <= 1
+        options, recorded = eventlog.read(tmp_path / "log")
+        assert [chunk.chunk for chunk in recorded] != list(range(len(recorded)))
+        async with connected("mock", LiveServer(step_seconds=0.002)) as c:
+            result = await eventlog.replay(c, options, recorded)
+        assert result == eventlog.Comparison(len(recorded), identical=len(recorded))
+        async with connected("mock", LiveServer(step_seconds=0.002)) as c:
+            result = await eventlog.replay(c, dataclasses.replace(options, seed=99), recorded)
+        assert (result.identical, result.first_difference) == (0, 0)
+        with pytest.raises(InvalidArgument, match="event_log"):
+            eventlog.EventLog(tmp_path / "log", dataclasses.replace(options, origin=Origin("t")))
+
+    run(test)
+
+
+def test_spans(monkeypatch):
+    exporter = InMemorySpanExporter()
+    provider = TracerProvider()
+    provider.add_span_processor(SimpleSpanProcessor(exporter))
+
+    async def test():
+        for traced in (False, True):
+            if traced:
+                monkeypatch.setattr(trace, "get_tracer", provider.get_tracer)
+            server = LiveServer(cuts={2: "before"})
+            async with connected("mock", server) as c:
+                async for _ in c.stream("a hall", frames=12):
+                    pass
+                headers = [opened.get("traceparent") for opened in c._transport.opened]
+            if not traced:
+                assert headers == [None, None]
+        assert headers[0] == headers[1]
+        return headers[0]
+
+    run(test)
+    *chunks, stream = exporter.get_finished_spans()
+    assert [span.name for span in (*chunks, stream)] == ["fastar.chunk"] * 3 + ["fastar.stream"]
+    assert {span.parent.span_id for span in chunks} == {stream.context.span_id}
+    assert [span.attributes["fastar.chunk"] for span in chunks] == [0, 1, 2]
+    assert dict(stream.attributes)["fastar.reconnects"] == 1
+    assert all(stream.start_time - 10**7 <= span.start_time <= span.end_time <= stream.end_time for span in chunks)
