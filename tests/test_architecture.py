@@ -138,13 +138,21 @@ def test_both_ends_agree_on_stats_world_options_and_limits(world):
     from fastar_client import protocol
 
     from fastar_backend.engine import engine, stream
+    from fastar_backend.service import session
 
     ours = {field.name for field in dataclasses.fields(stream.ChunkStats)}
     theirs = {field.name for field in dataclasses.fields(protocol.ChunkStats)}
-    assert theirs == ours | {"process_bytes", "world"}
+    service = {"received", "applied", "actions", "encoding", "packets", "queue_seconds", "encode_seconds"}
+    service |= {"late", "snapshot_chunk", "process_bytes", "world", "token"}
+    assert theirs == ours | service
     assert {field.name for field in dataclasses.fields(protocol.World)} == set(world.info())
-    full = protocol.StreamOptions("a maze", seed=1, start="auto", attention={"kind": "dense"}, measure_recall=True)
-    assert stream.StreamOptions.model_validate_json(full.as_json()).seed == 1
-    assert set(stream.StreamOptions.model_fields) == {"seed", "start", "attention", "measure_recall"}
+    full = protocol.StreamOptions(
+        "a maze", seed=1, start="auto", attention={"kind": "dense"}, measure_recall=True, fps=24.0, encoding="jpeg"
+    )
+    read = session.read_options(full.as_json())
+    assert (read.seed, read.attention.kind, read.fps, read.encoding) == (1, "dense", 24.0, "jpeg")
+    engines = {"seed", "start", "attention", "measure_recall"}
+    assert set(stream.StreamOptions.model_fields) == engines
+    assert set(session.StartOptions.model_fields) == engines | {"fps", "encoding", "resume", "fork"}
     assert (engine.PROMPT_BYTES, engine.ACTION_BYTES) == (protocol.MAX_PROMPT_BYTES, protocol.MAX_ACTION_BYTES)
     stream.StreamOptions(seed=protocol.MAX_SEED)

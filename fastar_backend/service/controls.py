@@ -130,5 +130,5 @@ class Controls:
 
     def _new_encoder(self, session: Session, encoding: str) -> None:
         if session.encoder is not None:
-            self.service.sender.submit(session.encoder.close)  # after what is still to be encoded by it
+            self.service.outbox.after(session.encoder.close)  # after what is still to be encoded by it
         session.encoder, session.encoding = None, encoding

@@ -8,15 +8,11 @@ engine thread, and written and read by the disk thread.
 
 from __future__ import annotations
 
-import ctypes
 import itertools
 import threading
 import time
 from collections import deque
-from concurrent.futures import ThreadPoolExecutor
 from typing import Any
-
-import psutil
 
 from fastar_backend.engine.engine import StreamEngine, check_prompt
 from fastar_backend.engine.stream import Chunk, ChunkRequest, StreamOptions
@@ -32,9 +28,10 @@ from fastar_backend.service.admission import Admission, Booking, Cost, free_byte
 from fastar_backend.service.config import ServiceConfig
 from fastar_backend.service.controls import Controls
 from fastar_backend.service.encode import make_encoder
-from fastar_backend.service.report import as_fastar_error, quietly
+from fastar_backend.service.outbox import Outbox
+from fastar_backend.service.report import as_fastar_error
 from fastar_backend.service.schedule import choose
-from fastar_backend.service.session import Reply, Request, Session, StartOptions, check_tenant, read_options
+from fastar_backend.service.session import Request, Session, StartOptions, check_tenant, read_options
 from fastar_backend.service.store import SnapshotStore
 from fastar_backend.service.telemetry import Metrics, Tracing
 from fastar_backend.service.vault import Vault
@@ -65,8 +62,7 @@ class Service:
         self.life = 10.0  # seconds that streams live, a running mean
         self.looked = self.swept = 0.0
         self.stopping = False
-        self.process = psutil.Process()
-        self.sender = ThreadPoolExecutor(1, "fastar-send")
+        self.outbox = Outbox(metrics)
         self.vault = Vault(store, engine, config.snapshots_kept, metrics, self.wake)
         metrics.capacity(config.max_streams, total)
         self.thread = threading.Thread(target=self._run, name="fastar-engine", daemon=True)
@@ -78,9 +74,9 @@ class Service:
         """Takes one request, which will be answered once. Returns at once."""
         with self.wake:
             if self.stopping:
-                self._refuse(request, Stopping("server: it is stopping; allowed: resume by the stream's token"))
+                self.outbox.refuse(request, Stopping("server: it is stopping; allowed: resume by the stream's token"))
             elif request.starts and request.stream_id in self.starting:
-                self._refuse(request, InvalidInput("sequence_id", "is being started", "an id that is not in use"))
+                self.outbox.refuse(request, InvalidInput("sequence_id", "is being started", "an id that is not in use"))
             elif request.stream_id in self.starting:
                 self._hold(request)
             elif request.starts or not (request.generates or request.control or request.stream_id in self.sessions):
@@ -105,7 +101,7 @@ class Service:
             self.wake.notify()
         self.thread.join(seconds)
         self.vault.close()
-        self.sender.shutdown()
+        self.outbox.close()
         if self.tracing:
             self.tracing.close(2.0)
 
@@ -114,7 +110,7 @@ class Service:
     def _hold(self, request: Request) -> None:
         held = self.starting[request.stream_id]
         if len(held) >= 4 * self.config.pending_requests:
-            self._refuse(request, self._too_many(len(held)))
+            self.outbox.refuse(request, self._too_many(len(held)))
         else:
             held.append(request)
 
@@ -123,13 +119,13 @@ class Service:
         session = self.sessions.get(request.stream_id)
         if session is None or session.tenant != request.tenant:
             what = "stream: never started, ended, failed or idle for too long"
-            self._refuse(request, UnknownStream(f"{what}; allowed: an open stream's sequence id"))
+            self.outbox.refuse(request, UnknownStream(f"{what}; allowed: an open stream's sequence id"))
             return
         session.seen = time.monotonic()
         if request.control is not None:
-            self._reply(request, Reply(self.controls.take(session, request.control)))
+            self.outbox.reply(request, self.controls.take(session, request.control))
         elif len(session.pending) >= self.config.pending_requests:
-            self._refuse(request, self._too_many(len(session.pending)))
+            self.outbox.refuse(request, self._too_many(len(session.pending)))
             self._end(session, "error", self._too_many(len(session.pending)))
         else:
             session.pending.append(request)
@@ -174,12 +170,12 @@ class Service:
                 if not self._start(request):
                     return  # a snapshot is being read: `starting` holds the stream's other requests
             else:  # an END that generates nothing, of no stream
-                self._reply(request, Reply(self._stats()))
+                self.outbox.reply(request, self._stats())
                 return
         except Exception as error:
             if isinstance(error, AtCapacity):
                 self.metrics.rejected(error.reason)
-            self._refuse(request, as_fastar_error(error))
+            self.outbox.refuse(request, as_fastar_error(error))
         for later in self.starting.pop(request.stream_id, ()):
             self._accept(later)
 
@@ -192,7 +188,7 @@ class Service:
         if old:
             self._end(old, "restarted", Superseded("stream: its sequence id was started anew; allowed: one start"))
         if request.actions == ("end",):
-            self._reply(request, Reply(self._stats() | {"world": self.world, "token": None}))
+            self.outbox.reply(request, self._stats() | {"world": self.world, "token": None})
             return True
         options = read_options(request.options)
         if options.fps and options.fps > self.config.max_fps:
@@ -315,7 +311,7 @@ class Service:
             if not request.generates:
                 session.running = None
                 self._end(session, "end")
-                self._reply(request, Reply(self._stats(session)))
+                self.outbox.reply(request, self._stats(session))
                 return None
             every, chunk = self.config.snapshot_chunks, self._next_chunk(session)
             if every and chunk and chunk % every == 0 and not session.saving and chunk not in session.stored:
@@ -361,7 +357,7 @@ class Service:
         if request.ends:  # before its reply, so that who has seen that finds the slot free
             session.encoder = None
             self._end(session, "end")
-        self.sender.submit(self._send, request, encoder, session.trace, session.began, stats, chunk)
+        self.outbox.chunk(request, chunk, stats, encoder, session.trace, session.began)
         start, frames = session.window
         frames += chunk.stats.frames
         if now - start >= FPS_WINDOW:
@@ -384,12 +380,12 @@ class Service:
         if reason in ("cancelled", "idle", "paused", "wall", "stopping"):
             self.vault.save(session)
         for request in [*([session.running] if session.running and error else []), *session.pending]:
-            self._refuse(request, error or UnknownStream("stream: it has ended; allowed: requests before END"))
+            self.outbox.refuse(request, error or UnknownStream("stream: it has ended; allowed: requests before END"))
         session.pending.clear()
         if free and self.engine.close(session.stream):
-            self.sender.submit(ctypes.CDLL(None).malloc_trim, 0)  # glibc would keep the freed caches for itself
+            self.outbox.trim()
         if session.encoder is not None:
-            self.sender.submit(session.encoder.close)
+            self.outbox.after(session.encoder.close)
         if session.trace:
             session.trace.end(reason)
         self.life += 0.2 * (time.monotonic() - session.opened - self.life)
@@ -402,9 +398,9 @@ class Service:
             self._end(session, "stopping", error)
         for held in self.starting.values():
             for request in held:
-                self._refuse(request, error)
+                self.outbox.refuse(request, error)
         for item in self.inbox:
-            self._refuse(item if isinstance(item, Request) else item[0], error)
+            self.outbox.refuse(item if isinstance(item, Request) else item[0], error)
 
     # Replies
 
@@ -418,37 +414,6 @@ class Service:
         }  # fmt: skip
 
     stats = _stats
-
-    def _reply(self, request: Request, reply: Reply) -> None:
-        reply.stats["process_bytes"] = 0 if reply.error else self.process.memory_info().rss
-        self.sender.submit(quietly, request.answer, reply)
-
-    def _refuse(self, request: Request, error: FastarError) -> None:
-        self.sender.submit(quietly, request.answer, Reply(error=error))
-
-    def _send(self, request: Request, encoder: Any, trace: Any, began: float, stats: dict, chunk: Chunk) -> None:
-        started = time.monotonic()
-        try:
-            packets = encoder.encode(chunk.frames) if encoder else []
-            stats["packets"] = [len(packet) for packet in packets]
-            encoded = time.monotonic()
-            stats["encode_seconds"] = encoded - started
-            stats["process_bytes"] = self.process.memory_info().rss
-            request.answer(Reply(stats, None if encoder else chunk.frames, b"".join(packets)))
-            sent = time.monotonic()
-        except Exception as error:
-            quietly(request.answer, Reply(error=as_fastar_error(error)))
-            return
-        reason = stats["late"]["reason"] if stats["late"] else None
-        self.metrics.chunk(chunk.stats, stats["queue_seconds"], stats["encode_seconds"], reason)
-        if trace:
-            epoch = time.time() - time.monotonic()
-            trace.chunk(
-                chunk.stats.chunk, epoch + request.arrived, epoch + began, chunk.stats.phases,
-                stats["encode_seconds"], epoch + sent,
-                {"fastar.density": chunk.stats.density, "fastar.merged_tokens": chunk.stats.merged_tokens,
-                 "fastar.batch": chunk.stats.batch, "fastar.late": reason or ""},
-            )  # fmt: skip
 
 
 def expired(what: str) -> UnknownStream:
