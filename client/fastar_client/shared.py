@@ -43,6 +43,7 @@ class Ring:
         self._regions: dict[str, shared_memory.SharedMemoryRegion] = {}
         self._registered: list[str] = []
         self._free: deque[str] = deque()
+        self.used = 0  # chunks whose frames came through here
 
     async def open(self) -> None:
         """Raises InvalidArgument where memory cannot be shared, also with a server that sees other memory."""
@@ -74,17 +75,20 @@ class Ring:
 
     def frames(self, result: InferResult) -> np.ndarray | None:
         """A copy of the frames that the server wrote (uint8 [1, frames, height, width, 3]); None: not through here."""
-        name = result.get_response().id
+        response = result.get_response()
+        name = response.id
         if name not in self._regions:
             return None
         if name not in self._free:
             self._free.append(name)
-        output = result.get_output(FRAMES)
-        if output is None or "shared_memory_region" not in output.parameters:
+        # Triton does not say where it wrote; an output in shared memory has a shape, and no bytes in the reply.
+        outputs = zip(response.outputs, response.raw_output_contents, strict=False)
+        shape = next((list(output.shape) for output, raw in outputs if output.name == FRAMES and not raw), [0])
+        if not all(size > 0 for size in shape):
             return None
-        shape = [int(size) for size in output.shape]
-        if not all(size > 0 for size in shape) or np.prod(shape) > self._size:
+        if np.prod(shape) > self._size:
             raise ServerError(f"{FRAMES}: got {shape} in {self._size} bytes of shared memory")
+        self.used += 1
         return shared_memory.get_contents_as_numpy(self._regions[name], np.uint8, shape).copy()
 
     async def close(self) -> None:
