@@ -75,6 +75,7 @@ class Controls:
         self.last = 0  # highest id given
         self._by_id: dict[int, Control] = {}
         self._early: list[Receipt] = []  # of changes that the start carries
+        self._ended: FastarError | None = None  # what becomes of a control from now on
         self._unanswered: deque[int | None] = deque()  # ids sent in this call, oldest first; None: a keepalive
 
     @property
@@ -83,12 +84,17 @@ class Controls:
         return not self._unanswered
 
     def early(self) -> Receipt:
-        self._early.append(Receipt())
-        return self._early[-1]
+        receipt = Receipt()
+        self._early.append(receipt)
+        if self._ended is not None:
+            receipt._fail(self._ended)
+        return receipt
 
     def add(self, kind: str, value: Any, blend_chunks: int | None = None) -> Control:
         self.last += 1
         control = self._by_id[self.last] = Control(self.last, kind, value, blend_chunks, Receipt(self.last))
+        if self._ended is not None:
+            control.receipt._fail(self._ended)
         return control
 
     def get(self, id: int) -> Control | None:
@@ -170,7 +176,7 @@ class Controls:
     def end(self, error: BaseException | None) -> None:
         """The stream is over: what is open will not happen."""
         ended = StreamLost("control: the stream ended before it took effect")
-        told = error if isinstance(error, FastarError) else ended
+        told = self._ended = error if isinstance(error, FastarError) else ended
         for receipt in [*self._early, *(control.receipt for control in self._by_id.values())]:
             receipt._fail(told)
 

@@ -141,7 +141,7 @@ class Link:
 
     def control(self, kind: str, value: Any, blend_chunks: int | None = None) -> Control:
         control = self.controls.add(kind, value, blend_chunks)
-        if self._controls_flow:
+        if self._controls_flow and not self.over:
             self._send_control(control.id, self.controls.message(control.id))
         return control
 

@@ -6,6 +6,8 @@ import asyncio
 import dataclasses
 import gc
 import json
+import time
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -17,7 +19,7 @@ from opentelemetry import trace
 from opentelemetry.sdk.trace import TracerProvider
 from opentelemetry.sdk.trace.export import SimpleSpanProcessor
 from opentelemetry.sdk.trace.export.in_memory_span_exporter import InMemorySpanExporter
-from scripted import connected, until
+from scripted import connected, grpc_server, until
 from test_client_session import both, run
 
 ALL = 20  # chunks
@@ -273,8 +275,9 @@ def test_receipts(kind):
             stream._link._controls_flow = False  # one that never leaves
             open_ended = await stream.set_density(0.9)
             await stream.close()
-            with pytest.raises(StreamLost, match="ended before"):
-                await open_ended.applied()
+            for ended in (open_ended, await stream.act("forward")):
+                with pytest.raises(StreamLost, match="ended before"):
+                    await ended.applied()
 
     run(test)
 
@@ -518,6 +521,43 @@ def test_tenant_and_other_arguments():
     ):
         with pytest.raises(InvalidArgument, match=f"^{field}: got "):
             connect(**options)
+
+
+def test_the_rate_may_change():
+    async def test():
+        server = LiveServer()
+        async with connected("mock", server) as c, c.stream("a hall", fps=40) as stream:  # 0.1 s a chunk
+            began = time.monotonic()
+            for _ in range(5):
+                await anext(stream)
+            assert time.monotonic() - began > 0.15
+            await stream.set_fps(None)
+            await anext(stream)
+            began = time.monotonic()
+            for _ in range(10):
+                await anext(stream)
+            assert time.monotonic() - began < 0.2
+            await stream.set_fps(20)
+            began = time.monotonic()
+            for _ in range(6):
+                await anext(stream)
+            assert time.monotonic() - began > 0.35
+
+    run(test)
+
+
+def test_memory_that_cannot_be_shared():
+    def regions() -> list[Path]:
+        return list(Path("/dev/shm").glob("fastar_*"))
+
+    async def test():
+        async with grpc_server(LiveServer()) as url, connect(url, shared_memory=True) as c:
+            before = regions()
+            with pytest.raises(InvalidArgument, match="^shared_memory: the server does not share .*; allowed: "):
+                await anext(c.stream("a hall"))
+            assert regions() == before
+
+    run(test)
 
 
 def test_a_log_with_controls_is_replayed(tmp_path):
