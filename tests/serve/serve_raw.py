@@ -32,11 +32,10 @@ class Refused(Exception):
 class Stream:
     """One sequence on one gRPC stream."""
 
-    def __init__(self, url: str, sequence: int | str | None = None, tenant: str | None = None, **tls: Any) -> None:
-        self.client = triton.InferenceServerClient(url, **tls)
+    def __init__(self, url: str, sequence: int | str | None = None, headers: dict[str, str] | None = None) -> None:
+        self.client = triton.InferenceServerClient(url)
         self.sequence = secrets.randbits(62) + 1 if sequence is None else sequence
         self.replies: queue.Queue = queue.Queue()
-        headers = {"x-fastar-tenant": tenant} if tenant else None
         self.client.start_stream(lambda result, error: self.replies.put((result, error)), headers=headers)
 
     def __enter__(self) -> Stream:
