@@ -116,10 +116,15 @@ async def replay(connection: Connection, options: StreamOptions, recorded: list[
     options = dataclasses.replace(options, fps=fps, frames=sum(chunk.frames for chunk in recorded))
     latent_frames = (await connection.world()).latent_frames_per_chunk
 
+    # The snapshots that rewinds went back to may have been taken at times of the server's own.
+    rewound = {control.get("rewind") for chunk in recorded for control in chunk.controls}
+
     async def player() -> AsyncIterator[str]:
         for index, chunk in enumerate(recorded):
             for control in chunk.controls if index else ():
                 await steer(stream, control)
+            if index and chunk.chunk in rewound and not any("snapshot" in control for control in chunk.controls):
+                await steer(stream, {"snapshot": True})
             for action in chunk.actions * (latent_frames if len(chunk.actions) == 1 else 1):
                 yield action
 
