@@ -156,12 +156,19 @@ class LiveServer(ScriptedServer):
                 token, state.received = f"fork-{len(self.live)}", 0
                 if "seed" in options:
                     state.feed("seed", options["seed"])
-            elif old:
+            else:
+                self.abandon(token, state.chunk)
+            if old and "resume" in options:
                 old.over = "CANCELLED: stream: resumed by another sequence"
                 old.go.set()
             session = Session(token, state, encoding)
         self.live[session.token] = session
         return session
+
+    def abandon(self, token: str, chunk: int) -> None:
+        """What comes after `chunk` will be another: it must not be resumed."""
+        for later in [key for key in self.stored if key[0] == token and key[1] > chunk]:
+            del self.stored[later]
 
     def take(self, session: Session, text: str) -> Reply:
         control, error = json.loads(text), None
@@ -199,9 +206,7 @@ class LiveServer(ScriptedServer):
                 received, waiting = state.received, state.waiting
                 state = session.state = copy.deepcopy(self.stored[session.token, control["rewind"]])
                 state.received, state.waiting, session.encoder = received, waiting, None
-                for token, chunk in list(self.stored):
-                    if token == session.token and chunk > state.chunk:
-                        del self.stored[token, chunk]
+                self.abandon(session.token, state.chunk)
             elif kind == "encoding":
                 session.encoding, session.encoder = control["encoding"], None
             elif kind == "snapshot":
