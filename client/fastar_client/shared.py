@@ -49,7 +49,7 @@ class Ring:
         """Raises InvalidArgument where memory cannot be shared, also with a server that sees other memory."""
         try:
             for _ in range(REGIONS):
-                name = f"fastar_{secrets.token_hex(8)}"
+                name = f"fastarclient_{secrets.token_hex(8)}"
                 region = shared_memory.create_shared_memory_region(name, name, self._size, create_only=True)
                 self._regions[name] = region
                 register = self._client.register_system_shared_memory

@@ -548,7 +548,7 @@ def test_the_rate_may_change():
 
 def test_memory_that_cannot_be_shared():
     def regions() -> list[Path]:
-        return list(Path("/dev/shm").glob("fastar_*"))
+        return list(Path("/dev/shm").glob("fastarclient_*"))
 
     async def test():
         async with grpc_server(LiveServer()) as url, connect(url, shared_memory=True) as c:

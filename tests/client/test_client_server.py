@@ -37,7 +37,7 @@ def pixels(chunks) -> np.ndarray:
 
 
 def regions() -> set[str]:
-    return {path.name for path in Path("/dev/shm").glob("fastar_*")}
+    return {path.name for path in Path("/dev/shm").glob("fastarclient_*")}
 
 
 async def take(stream, count: int) -> list:
