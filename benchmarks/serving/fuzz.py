@@ -19,42 +19,16 @@ import typer
 from tritonclient.utils import InferenceServerException
 
 TEXTS = (
-    "",
-    "end",
-    "control",
-    "forward",
-    "forward+turn_left",
-    "fly",
-    "+",
-    "a maze",
-    " ",
-    "\x00",
-    "x" * 300,
-    "x" * 5000,
-    "\ud7ff",
-    "🜚" * 50,
-    "{}",
-    "[]",
-    "null",
-    "{",
-    '{"seed": 1}',
-    '{"seed": 1e999}',
-    '{"fps": 24}',
-    '{"fps": NaN}',
-    '{"encoding": "jpeg"}',
-    '{"encoding": "h264"}',
-    '{"attention": {"kind": "dense"}}',
-    '{"attention": {"budget_frames": 1000000}}',
-    '{"resume": {"token": "' + "x" * 40 + '"}}',
-    '{"fork": {"token": ""}}',
-    '{"id": 1, "pause": true}',
-    '{"id": 1, "seed": 2}',
-    '{"id": 2, "prompt": "a hall", "blend_chunks": 64}',
-    '{"id": 1, "rewind": 0}',
-    '{"id": 1, "snapshot": true}',
-    '{"id": 99999999999999999999999, "fps": 1}',
-    '{"id": -1}',
-    "[" * 4000,
+    *("", "end", "control", "forward", "forward+turn_left", "fly", "+", "a maze", " ", "\x00", "x" * 300, "x" * 5000),
+    *("\ud7ff", "🜚" * 50, "{}", "[]", "null", "{", '{"seed": 1}', '{"seed": 1e999}', '{"fps": 24}', '{"fps": NaN}'),
+    *('{"encoding": "jpeg"}', '{"encoding": "h264"}', '{"attention": {"kind": "dense"}}', '{"fork": {"token": ""}}'),
+    *(
+        '{"attention": {"budget_frames": 1000000}}',
+        f'{{"resume": {{"token": "{"x" * 40}"}}}}',
+        '{"id": 1, "rewind": 0}',
+    ),
+    *('{"id": 1, "pause": true}', '{"id": 1, "seed": 2}', '{"id": 2, "prompt": "a hall", "blend_chunks": 64}'),
+    *('{"id": 1, "snapshot": true}', f'{{"id": {10**23}, "fps": 1}}', '{"id": -1}', "[" * 4000),
 )
 IN_FLIGHT = 6  # requests of one call before its replies are waited for
 
@@ -97,8 +71,8 @@ def request(rng: random.Random, first: bool) -> tuple[list[triton.InferInput], b
 
 
 def run(url: str, requests: int, seed: int, patience: float = 3.0) -> dict[str, int]:
-    """How many were answered, refused (an error came back), lost (the call broke with them, or no reply within `patience`
-    seconds: a paused stream's) and cancelled by us."""
+    """How many were answered, refused (an error came back), lost (the call broke with them, or no reply came within
+    `patience` seconds: those of a paused stream) and cancelled by us."""
     rng, counts = random.Random(seed), {"answered": 0, "refused": 0, "lost": 0, "cancelled": 0, "unsendable": 0}
     ids = [rng.randrange(1, 1 << 62) for _ in range(6)]  # used again and again, by several calls
     sent = 0

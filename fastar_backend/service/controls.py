@@ -103,9 +103,9 @@ class Controls:
             service.engine.check_control(session.stream, kind, value, control.blend_chunks)
         return control
 
-    def apply(self, session: Session) -> list[int]:
-        """Puts what waits into effect, before a chunk of the stream begins; returns their ids."""
-        engine, applied = self.service.engine, []
+    def apply(self, session: Session) -> None:
+        """Puts what waits into effect, before a chunk of the stream begins; adds the ids to `session.applied`."""
+        engine, applied = self.service.engine, session.applied
         while session.controls:
             control = session.controls[0]
             if control.kind == "rewind":
@@ -113,12 +113,13 @@ class Controls:
                 engine.restore(stream, control.value.result()[1])
                 engine.close(session.stream)
                 session.stream = stream
+                self.service.vault.forget_later(session, self.service.engine.streams[stream].chunk)
                 session.playout.restart()
                 self._new_encoder(session, session.encoding)
             elif control.kind == "snapshot":
                 session.controls.popleft()
-                self.service.vault.save(session)
                 applied.append(control.id)
+                self.service.vault.save(session)
                 continue
             elif control.kind == "encoding":
                 self._new_encoder(session, control.value)
@@ -126,7 +127,6 @@ class Controls:
                 engine.control(session.stream, control.kind, control.value, control.blend_chunks)
             session.controls.popleft()
             applied.append(control.id)
-        return applied
 
     def _new_encoder(self, session: Session, encoding: str) -> None:
         if session.encoder is not None:

@@ -55,6 +55,7 @@ class Service:
         self.admission = Admission(config, self.cost, self.world["chunk_frames"], total)
         self.controls = Controls(self)
         self.sessions: dict[int, Session] = {}
+        self.superseded: deque[int] = deque(maxlen=256)  # sequences whose streams were taken over
         self.starting: dict[int, deque[Request]] = {}  # what came after a start that is not settled yet
         self.inbox: deque[Request | tuple[Request, StartOptions, Any]] = deque()
         self.wake = threading.Condition(threading.RLock())
@@ -117,17 +118,19 @@ class Service:
     def _accept(self, request: Request) -> None:
         """A request of a stream that has started."""
         session = self.sessions.get(request.stream_id)
-        if session is None or session.tenant != request.tenant:
+        if session is None and request.stream_id in self.superseded:  # else its client would steal it back
+            self.outbox.refuse(request, Superseded("stream: resumed by another sequence; allowed: that one"))
+        elif session is None or session.tenant != request.tenant:
             what = "stream: never started, ended, failed or idle for too long"
             self.outbox.refuse(request, UnknownStream(f"{what}; allowed: an open stream's sequence id"))
-            return
-        session.seen = time.monotonic()
-        if request.control is not None:
+        elif request.control is not None:
+            session.seen = time.monotonic()
             self.outbox.reply(request, self.controls.take(session, request.control))
         elif len(session.pending) >= self.config.pending_requests:
             self.outbox.refuse(request, self._too_many(len(session.pending)))
             self._end(session, "error", self._too_many(len(session.pending)))
         else:
+            session.seen = time.monotonic()
             session.pending.append(request)
             if request.ends:
                 session.paused_at = None
@@ -249,6 +252,7 @@ class Service:
         if options.resume:
             session.adopt(snapshot.extra)
             session.stored = {chunk}
+            self.vault.forget_later(session, chunk)
             if live:
                 self._end(live, "resumed", Superseded("stream: resumed by another sequence; allowed: that one"))
         elif "seed" in options.model_fields_set:
@@ -307,14 +311,14 @@ class Service:
         request = session.running = session.pending.popleft()
         session.began, session.due = time.monotonic(), session.playout.deadline(request.arrived)
         try:
-            session.applied = self.controls.apply(session)
+            self.controls.apply(session)
             if not request.generates:
                 session.running = None
                 self._end(session, "end")
                 self.outbox.reply(request, self._stats(session))
                 return None
             every, chunk = self.config.snapshot_chunks, self._next_chunk(session)
-            if every and chunk and chunk % every == 0 and not session.saving and chunk not in session.stored:
+            if every and (chunk == 1 or chunk and chunk % every == 0) and chunk not in session.stored:
                 self.vault.save(session)
         except Exception as error:
             self._end(session, "error", as_fastar_error(error))
@@ -348,6 +352,7 @@ class Service:
             "applied": session.applied, "actions": list(request.actions), "late": late,
             "queue_seconds": session.began - request.arrived,
         }  # fmt: skip
+        session.applied = []
         if request.starts:
             stats |= {"world": self.world, "token": session.token}
         if session.encoding != "raw" and session.encoder is None:
@@ -377,6 +382,8 @@ class Service:
         """The stream is over: what it holds is free, what waits is answered by `error`."""
         if self.sessions.get(session.id) is session:
             del self.sessions[session.id]
+        if reason == "resumed":
+            self.superseded.append(session.id)
         if reason in ("cancelled", "idle", "paused", "wall", "stopping"):
             self.vault.save(session)
         for request in [*([session.running] if session.running and error else []), *session.pending]:

@@ -128,7 +128,7 @@ class Session:
         self.resumed = options.resume is not None
         self.trace: Any = None
         self.began = self.due = 0.0  # of the running chunk
-        self.applied: list[int] = []  # controls that took effect with it
+        self.applied: list[int] = []  # controls that took effect with the next chunk, or the running one
         self.window = (self.opened, 0)  # start and frames of the current measurement of FPS
 
     @property
@@ -151,12 +151,13 @@ class Session:
         """What a snapshot holds of it, beside the engine's state."""
         return {
             "tenant": self.tenant, "fps": self.fps, "encoding": self.encoding, "next_control": self.next_control,
+            "applied": self.applied,
             "controls": [c.as_json for c in self.controls if c.kind not in ("rewind", "snapshot", "pause")],
         }  # fmt: skip
 
     def adopt(self, extra: dict[str, Any]) -> None:
         """Takes over what `extra` says, from a snapshot of this stream."""
-        self.next_control = extra["next_control"]
+        self.next_control, self.applied = extra["next_control"], list(extra["applied"])
         self.controls = deque(control for values in extra["controls"] if (control := read_control(values)))
 
 

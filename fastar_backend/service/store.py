@@ -47,9 +47,7 @@ class SnapshotStore:
                 with contextlib.suppress(Exception):
                     self.files.rm_file(temporary)
                 raise
-            # After a rewind later numbers are of a future that did not come: the one just written always stays.
-            others = [number for number in self.chunks(token) if number != chunk]
-            for number in others[: max(0, len(others) + 1 - self.keep)]:
+            for number in self.chunks(token)[: -self.keep]:
                 self.files.rm_file(f"{folder}/{number}")
 
     def chunks(self, token: str) -> list[int]:
@@ -74,10 +72,12 @@ class SnapshotStore:
                 raise StoreError(f"snapshot: larger than {LARGEST} bytes; allowed: less")
             return number, self.files.cat_file(path)
 
-    def drop(self, token: str) -> None:
+    def drop(self, token: str, after: int = -1) -> None:
+        """Those of chunks after `after`; all, if it is -1."""
         with self._errors("remove"):
-            if self.files.isdir(self._folder(token)):
-                self.files.rm(self._folder(token), recursive=True)
+            for number in self.chunks(token):
+                if number > after:
+                    self.files.rm_file(f"{self._folder(token)}/{number}")
 
     def sweep(self) -> None:
         """Removes what is older than `ttl`."""

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import bisect
 import os
+import threading
 from collections.abc import Callable, Mapping
 from typing import Any, Protocol
 
@@ -213,7 +214,10 @@ class Tracing:
         return StreamTrace(self.tracer, self.tracer.start_span("fastar.stream", context, attributes=dict(attributes)))
 
     def close(self, seconds: float) -> None:
-        self.provider.force_flush(int(1000 * seconds))
+        """Sends what is left, for so long: the SDK itself would try a collector that is gone again and again."""
+        flush = threading.Thread(target=self.provider.force_flush, daemon=True)
+        flush.start()
+        flush.join(seconds)
 
 
 class StreamTrace:

@@ -44,6 +44,15 @@ class Vault:
                 session.stored = set(sorted({*session.stored, snapshot.chunk})[-self.kept :])
         self.metrics.snapshot(time.perf_counter() - began, stored)
 
+    def forget_later(self, session: Session, chunk: int) -> None:
+        """After a rewind or a resume at `chunk`: snapshots of the future that did not come are nobody's past."""
+        self.disk.submit(quietly, self._forget_later, session, chunk)
+
+    def _forget_later(self, session: Session, chunk: int) -> None:
+        with self.wake:
+            session.stored = {number for number in session.stored if number <= chunk}
+        self.store.drop(session.token, chunk)
+
     def load(self, token: str, chunk: int | None, exact: bool, then: Callable[[Future], None]) -> Future:
         """(chunk, Snapshot) of the newest that is not later than `chunk` (exactly it, if `exact`); None: the newest.
         `then` is called under the lock."""

@@ -206,6 +206,38 @@ def test_rewind_shows_the_same_again(service, world):
     assert same([other], solo(world, ["", "forward", "turn_left", ""])[3:])
 
 
+def test_a_future_that_did_not_come_is_nobodys_past(service, world):
+    client = Client(service)
+    client.open(seed=1)
+    for action in ("", "forward", "forward"):
+        client.control(snapshot=True)
+        client.chunk((action,))
+    assert until(lambda: service.sessions[client.id].stored == {2, 3})
+    client.control(rewind=2)
+    client.chunk(("turn_left",))
+    assert until(lambda: service.sessions[client.id].stored == {2})
+    assert client.control(rewind=3)["control"]["error"]
+    service.close()
+    assert service.vault.store.chunks(client.token) == [2, 3], "3 is the newest now, of the stream as it became"
+
+
+def test_what_a_snapshot_had_applied_is_told_after_a_resume(world, tmp_path):
+    service = make_service(world, tmp_path, snapshot_chunks=2)
+    client = Client(service)
+    client.open(seed=1)
+    client.chunk()
+    client.control(seed=5)
+    reply = client.chunk()
+    assert (reply.stats["chunk"], reply.stats["applied"]) == (2, [1])
+    client.chunk()
+    assert until(lambda: 2 in service.sessions[client.id].stored)
+    back = Client(service)
+    again = back.chunk(options={"resume": {"token": client.token, "chunk": 2}}, start=True)
+    assert (again.stats["chunk"], again.stats["applied"], again.stats["received"]) == (2, [1], 1)
+    assert np.array_equal(again.frames, reply.frames)
+    service.close()
+
+
 @pytest.mark.parametrize("after", ["cancel", "drain", "live"])
 def test_resume_goes_on_where_it_was(world, tmp_path, after):
     service = make_service(world, tmp_path)
@@ -235,6 +267,9 @@ def test_resume_goes_on_where_it_was(world, tmp_path, after):
     expected = solo(world, ["", ("seed", 9), "forward", ("prompt", "a round arena"), "turn_left", "forward"])
     assert same([reply, back.chunk(("forward",))], expected[2:])
     assert len(service.sessions) == 1, "the old one is gone"
+    if after == "live":
+        client.send()
+        assert isinstance(client.error(), Superseded), "and is told so, or it would steal the stream back"
     service.close()
 
 
@@ -306,7 +341,7 @@ def test_periodic_snapshots_keep_the_newest(world, tmp_path):
     for _ in range(8):
         reply = client.chunk()
         time.sleep(0.02)
-    assert until(lambda: service.sessions[client.id].stored == {6, 8})
+    assert until(lambda: service.sessions[client.id].stored == {6, 8})  # and one before chunk 1, long gone
     assert reply.stats["snapshot_chunk"] in (6, 8)
     service.close()
 
