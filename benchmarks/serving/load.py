@@ -150,7 +150,7 @@ def main(
     seconds: Annotated[float, typer.Option(help="Of each measurement of many streams.")] = 20.0,
     chunks: Annotated[int, typer.Option(help="Of each measurement of one stream.")] = 60,
     streams: Annotated[str, typer.Option(help="Numbers of streams.")] = "1,2,4,8,16",
-    requests: Annotated[int, typer.Option(help="Fuzzed requests.")] = 10_000,
+    requests: Annotated[int, typer.Option(help="Fuzzed requests; 0: none.")] = 10_000,
 ) -> None:
     """Runs all but the soak (`benchmarks.serving.soak`)."""
     out.mkdir(parents=True, exist_ok=True)

@@ -9,6 +9,7 @@ from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 
 import psutil
+import torch
 
 from fastar_backend.engine.stream import Chunk
 from fastar_backend.errors import FastarError
@@ -24,7 +25,7 @@ class Outbox:
     def __init__(self, metrics: Metrics) -> None:
         self.metrics = metrics
         self.process = psutil.Process()
-        self.thread = ThreadPoolExecutor(1, "fastar-send")
+        self.thread = ThreadPoolExecutor(1, "fastar-send", torch.set_num_threads, (1,))  # no OpenMP team of its own
 
     def reply(self, request: Request, stats: dict[str, Any]) -> None:
         stats["process_bytes"] = self.process.memory_info().rss

@@ -12,6 +12,8 @@ import itertools
 import threading
 import time
 from collections import deque
+from collections.abc import Callable
+from concurrent.futures import Future
 from typing import Any
 
 from fastar_backend.engine.engine import StreamEngine, check_prompt
@@ -43,17 +45,11 @@ FPS_WINDOW = 2.0  # seconds over which a stream's frame rate is measured
 class Service:
     """Thread-safe. Raises what the engine raises while warming up."""
 
-    def __init__(self, engine: StreamEngine, config: ServiceConfig, metrics: Metrics, store: SnapshotStore,
-                 tracing: Tracing | None = None) -> None:  # fmt: skip
-        self.engine, self.config, self.metrics, self.tracing = engine, config, metrics, tracing
-        self.world = engine.world_info()
+    def __init__(self, load: Callable[[], StreamEngine], config: ServiceConfig, metrics: Metrics,
+                 store: SnapshotStore, tracing: Tracing | None = None) -> None:  # fmt: skip
+        """load: makes the engine; called in the engine's thread. Returns when it is loaded and measured."""
+        self.config, self.metrics, self.store, self.tracing = config, metrics, store, tracing
         self.most = config.max_batch or config.max_streams
-        # The service admits; a stream that is rewound is there twice for a moment.
-        engine.max_streams = 2 * config.max_streams + 1
-        self.cost = Cost(engine.costs(sorted({1, min(4, self.most)})), config.deterministic)
-        total = config.cache_bytes or free_bytes(engine.device)
-        self.admission = Admission(config, self.cost, self.world["chunk_frames"], total)
-        self.controls = Controls(self)
         self.sessions: dict[int, Session] = {}
         self.superseded: deque[int] = deque(maxlen=256)  # sequences whose streams were taken over
         self.starting: dict[int, deque[Request]] = {}  # what came after a start that is not settled yet
@@ -63,11 +59,27 @@ class Service:
         self.life = 10.0  # seconds that streams live, a running mean
         self.looked = self.swept = 0.0
         self.stopping = False
+        self.controls = Controls(self)
         self.outbox = Outbox(metrics)
-        self.vault = Vault(store, engine, config.snapshots_kept, metrics, self.wake)
-        metrics.capacity(config.max_streams, total)
-        self.thread = threading.Thread(target=self._run, name="fastar-engine", daemon=True)
+        loaded: Future[None] = Future()
+        self.thread = threading.Thread(target=self._run, args=(load, loaded), name="fastar-engine", daemon=True)
         self.thread.start()
+        loaded.result()
+
+    def _load(self, load: Callable[[], StreamEngine]) -> None:
+        """All heavy work is this thread's, the loading and measuring too: OpenMP gives each thread that computes a team
+        of its own, and with more threads than cores none of them spins at barriers, which costs a third of the
+        speed on CPUs (docs/decisions.md)."""
+        config = self.config
+        self.engine = load()
+        # The service admits; a stream that is rewound is there twice for a moment.
+        self.engine.max_streams = 2 * config.max_streams + 1
+        self.world = self.engine.world_info()
+        self.cost = Cost(self.engine.costs(sorted({1, min(4, self.most)})), config.deterministic)
+        total = config.cache_bytes or free_bytes(self.engine.device)
+        self.admission = Admission(config, self.cost, self.world["chunk_frames"], total)
+        self.vault = Vault(self.store, self.engine, config.snapshots_kept, self.metrics, self.wake)
+        self.metrics.capacity(config.max_streams, total)
 
     # From any thread
 
@@ -141,7 +153,13 @@ class Service:
 
     # The engine thread
 
-    def _run(self) -> None:
+    def _run(self, load: Callable[[], StreamEngine], loaded: Future[None]) -> None:
+        try:
+            self._load(load)
+            loaded.set_result(None)
+        except BaseException as error:
+            loaded.set_exception(error)
+            return
         while True:
             try:
                 with self.wake:

@@ -7,6 +7,8 @@ from collections.abc import Callable
 from concurrent.futures import Future, ThreadPoolExecutor
 from threading import Condition
 
+import torch
+
 from fastar_backend.engine.engine import StreamEngine
 from fastar_backend.engine.snapshot import Snapshot
 from fastar_backend.errors import UnknownStream
@@ -25,7 +27,7 @@ class Vault:
         self, store: SnapshotStore, engine: StreamEngine, kept: int, metrics: Metrics, wake: Condition
     ) -> None:
         self.store, self.engine, self.kept, self.metrics, self.wake = store, engine, kept, metrics, wake
-        self.disk = ThreadPoolExecutor(1, "fastar-snapshots")
+        self.disk = ThreadPoolExecutor(1, "fastar-snapshots", torch.set_num_threads, (1,))  # no OpenMP team of its own
 
     def save(self, session: Session) -> None:
         """Takes a snapshot now (engine thread, under the lock), to be stored in the background. Not of a stream that

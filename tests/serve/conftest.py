@@ -35,7 +35,7 @@ def fake_repository(tmp_path_factory) -> Path:
     folder = tmp_path_factory.mktemp("repository")
     shutil.copytree(HERE.parents[1] / "model_repository" / "fastar", folder / "fastar")
     model = folder / "fastar" / "1" / "model.py"
-    marker = "import json\n"
+    marker = "import functools\n"
     text = model.read_text()
     assert marker in text
     install = f"import sys\nsys.path.insert(0, {str(HERE)!r})\nimport fake_engine\nfake_engine.install()\n"

@@ -6,15 +6,14 @@ import json
 import queue
 from typing import Any
 
-from fastar_backend.service.store import SnapshotStore
-from fastar_backend.service.telemetry import MemoryMetrics, Metrics
-
 from fastar_backend.config import AttentionConfig
 from fastar_backend.engine.engine import StreamEngine
 from fastar_backend.errors import FastarError
 from fastar_backend.service.config import ServiceConfig
 from fastar_backend.service.service import Service
 from fastar_backend.service.session import Reply, Request
+from fastar_backend.service.store import SnapshotStore
+from fastar_backend.service.telemetry import MemoryMetrics, Metrics
 
 SMALL = AttentionConfig(budget_frames=6, recent_frames=3)
 
@@ -23,7 +22,7 @@ def make_service(world, folder, tracing=None, **config: Any) -> Service:
     limits = ServiceConfig(**{"deterministic": True, "snapshot_chunks": 0} | config)
     engine = StreamEngine(world, SMALL, deterministic=limits.deterministic)
     store = SnapshotStore(str(folder), limits.snapshots_kept, limits.snapshot_ttl)
-    return Service(engine, limits, Metrics(MemoryMetrics()), store, tracing)
+    return Service(lambda: engine, limits, Metrics(MemoryMetrics()), store, tracing)
 
 
 class Client:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import json
 import os
 import threading
@@ -45,11 +46,12 @@ class TritonPythonModel:
             values = json_object(text, "attention") if text.startswith("{") else {"kind": text}
             attention = parse(AttentionConfig, values, "attention")
             limits = parse(ServiceConfig, json_object(settings["service"], "service"), "service")
-            engine = StreamEngine.load(
-                settings["world"], settings["device"], attention, limits.max_streams, deterministic=limits.deterministic
-            )
+            load = functools.partial(
+                StreamEngine.load, settings["world"], settings["device"], attention, limits.max_streams,
+                deterministic=limits.deterministic,
+            )  # fmt: skip
             store = SnapshotStore(limits.snapshots or "memory://fastar", limits.snapshots_kept, limits.snapshot_ttl)
-            self.service = Service(engine, limits, Metrics(triton_factory(pb_utils)), store, Tracing.from_environment())
+            self.service = Service(load, limits, Metrics(triton_factory(pb_utils)), store, Tracing.from_environment())
         except Exception as error:
             reason = as_fastar_error(error)
             pb_utils.Logger.log_error(f"fastar: cannot load: {reason}")
