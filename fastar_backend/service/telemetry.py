@@ -8,15 +8,17 @@ from __future__ import annotations
 import bisect
 import os
 import threading
+import time
 from collections.abc import Callable, Mapping
 from typing import Any, Protocol
 
 from fastar_backend.engine.stream import ChunkStats
+from fastar_backend.service.report import report
 
 SECONDS = (0.001, 0.003, 0.01, 0.03, 0.1, 0.2, 0.5, 1.0, 3.0, 10.0)
 FPS = (1.0, 4.0, 8.0, 12.0, 16.0, 20.0, 24.0, 30.0, 48.0, 60.0, 120.0)
 STREAMS = (1.0, 2.0, 4.0, 8.0, 16.0, 32.0, 64.0)
-PHASES = ("prepare", "denoise", "write", "decode")
+COUNTERS_EVERY = 0.2  # seconds between writes of the counters
 # name: (kind, description, labels, buckets). A histogram is made of three counters: Triton's Python API has none.
 TABLE: dict[str, tuple[str, str, tuple[str, ...], tuple[float, ...]]] = {
     "fastar_streams_capacity": ("gauge", "Streams that this process admits", (), ()),
@@ -56,23 +58,90 @@ class Family(Protocol):
 Factory = Callable[[str, str, str], Family]  # kind ("counter" or "gauge"), name, description
 
 
-class TritonFamily:
-    """Triton's custom metrics. The family is kept: it must live as long as its metrics."""
+class TritonMetrics:
+    """A factory over Triton's custom metrics, whose calls wait for another process and let go of the GIL meanwhile
+    (milliseconds each, beside a busy thread), and of which two at a time crash the model process (Triton 2.51). So one
+    thread makes them all; the others leave their values here, where they add up. Gauges go first, and at once.
+    """
 
-    def __init__(self, family: Any) -> None:
-        self.family = family
+    def __init__(self, pb_utils: Any) -> None:
+        self.families = pb_utils.MetricFamily
+        self.wake = threading.Condition()
+        self.sets: dict[TritonMetric, float] = {}
+        self.adds: dict[TritonMetric, float] = {}
+        self.batch: dict[TritonMetric, float] = {}  # of `adds`, being written
+        self.due = 0.0  # when the next batch may be written
+        threading.Thread(target=self._run, name="fastar-metrics", daemon=True).start()
+
+    def __call__(self, kind: str, name: str, description: str) -> Family:
+        return TritonFamily(self, {"kind": kind, "name": name, "description": description})
+
+    def _run(self) -> None:
+        try:
+            while True:
+                metric, act, value = self._next()
+                getattr(metric.made(), act)(value)
+        except Exception as error:  # a server without metrics: streams go on, nobody counts them
+            report(error)
+
+    def _next(self) -> tuple[TritonMetric, str, float]:
+        with self.wake:
+            while True:
+                if self.sets:
+                    metric = next(iter(self.sets))
+                    return metric, "set", self.sets.pop(metric)
+                now = time.monotonic()
+                if not self.batch and now >= self.due:
+                    self.batch, self.adds, self.due = self.adds, {}, now + COUNTERS_EVERY
+                if self.batch:
+                    metric = next(iter(self.batch))
+                    return metric, "increment", self.batch.pop(metric)
+                self.wake.wait(max(self.due - now, 0.001) if self.adds else None)
+
+
+class TritonFamily:
+    """Kept by its metrics: it must live as long as they do."""
+
+    def __init__(self, writer: TritonMetrics, values: dict[str, str]) -> None:
+        self.writer, self.values, self.family = writer, values, None
 
     def metric(self, labels: Mapping[str, str]) -> Metric:
-        return self.family.Metric(labels=dict(labels))
+        return TritonMetric(self, dict(labels))
+
+    def made(self) -> Any:
+        if self.family is None:
+            families = self.writer.families
+            kind = {"counter": families.COUNTER, "gauge": families.GAUGE}[self.values["kind"]]
+            self.family = families(**self.values | {"kind": kind})
+        return self.family
+
+
+class TritonMetric:
+    def __init__(self, family: TritonFamily, labels: dict[str, str]) -> None:
+        self.family, self.labels, self.metric = family, labels, None
+        self.increment(0.0)  # there from now on, as zero
+
+    def increment(self, value: float) -> None:
+        writer = self.family.writer
+        with writer.wake:
+            writer.adds[self] = writer.adds.get(self, 0.0) + value
+            writer.wake.notify()
+
+    def set(self, value: float) -> None:
+        writer = self.family.writer
+        with writer.wake:
+            writer.sets[self] = value
+            writer.wake.notify()
+
+    def made(self) -> Any:
+        """By the writer's thread only."""
+        if self.metric is None:
+            self.metric = self.family.made().Metric(labels=self.labels)
+        return self.metric
 
 
 def triton_factory(pb_utils: Any) -> Factory:
-    kinds = {"counter": pb_utils.MetricFamily.COUNTER, "gauge": pb_utils.MetricFamily.GAUGE}
-
-    def make(kind: str, name: str, description: str) -> Family:
-        return TritonFamily(pb_utils.MetricFamily(name=name, description=description, kind=kinds[kind]))
-
-    return make
+    return TritonMetrics(pb_utils)
 
 
 class MemoryMetrics:
@@ -103,7 +172,7 @@ class MemoryMetrics:
 
 
 class Metrics:
-    """The events of the service as metrics. Cheap: the engine's thread calls these."""
+    """The events of the service as metrics. Cheap and thread-safe: the engine's thread calls these, among others."""
 
     def __init__(self, factory: Factory) -> None:
         self._families: dict[str, Family] = {}
@@ -114,6 +183,7 @@ class Metrics:
             else:
                 self._families[name] = factory(kind, name, description)
         self._metrics: dict[tuple[str, tuple[tuple[str, str], ...]], Metric] = {}
+        self._lock = threading.RLock()
         for name, (kind, _, labels, _) in TABLE.items():
             if not labels and kind != "histogram":
                 self._metric(name)  # there from the start, as zero
@@ -166,9 +236,10 @@ class Metrics:
 
     def _metric(self, name: str, **labels: str) -> Metric:
         key = (name, tuple(sorted(labels.items())))
-        if key not in self._metrics:
-            self._metrics[key] = self._families[name].metric(labels)
-        return self._metrics[key]
+        with self._lock:
+            if key not in self._metrics:
+                self._metrics[key] = self._families[name].metric(labels)
+            return self._metrics[key]
 
     def _observe(self, name: str, value: float, **labels: str) -> None:
         buckets = TABLE[name][3]
