@@ -28,6 +28,11 @@ class CrossAttend(Protocol):
         """query: [batch, tokens, heads, head_dim]; the caller holds the prompt's keys and values."""
 
 
+class Steer(Protocol):
+    def __call__(self, x: Tensor) -> Tensor:
+        """[B, F, tokens, C] between cross-attention and feed-forward of one block (Matrix-Game's action modules)."""
+
+
 class _Projections(nn.Module):
     """Query, key, value, output projections; query and key RMS-normed over the full dim before the head split."""
 
@@ -62,7 +67,7 @@ class Block(nn.Module):
         self.modulation = nn.Parameter(torch.randn(1, 6, config.dim) / config.dim**0.5)
 
     def forward(self, x: Tensor, e: Tensor, space: tuple[Tensor, Tensor], attend: SelfAttend,
-                cross: CrossAttend) -> Tensor:  # fmt: skip
+                cross: CrossAttend, steer: Steer | None = None) -> Tensor:  # fmt: skip
         """x: [B, F, tokens, C]; e: [B, F, 6, C] timestep (and action) modulation per latent frame."""
         shift1, scale1, gate1, shift2, scale2, gate2 = (
             part.squeeze(-2).unsqueeze(2) for part in (self.modulation + e).to(x.dtype).split(1, dim=-2)
@@ -75,6 +80,8 @@ class Block(nn.Module):
         x = x + self.self_attn.output(attended).view_as(x) * gate1
         query = self.cross_attn.query(self.norm3(x)).flatten(1, 2)
         x = x + self.cross_attn.output(cross(query)).view_as(x)
+        if steer is not None:
+            x = steer(x)
         h = F.layer_norm(x, x.shape[-1:], eps=self.eps) * (1 + scale2) + shift2
         return x + self.ffn(h) * gate2
 
@@ -122,9 +129,11 @@ class CausalDiT(nn.Module):
         return [block.cross_attn.key_value(embedded) for block in self.blocks]
 
     def forward(self, latents: Tensor, sigma: Tensor, actions: Tensor | None,
-                attend: Sequence[SelfAttend], cross: Sequence[CrossAttend]) -> Tensor:  # fmt: skip
-        """latents: [B, F, channels, height, width] at noise level sigma [B, F] in 0..1; actions: [B, F, action_dim].
-        Returns flow or clean latents (`config.prediction`) of the same shape."""
+                attend: Sequence[SelfAttend], cross: Sequence[CrossAttend],
+                steer: Sequence[Steer | None] | None = None) -> Tensor:  # fmt: skip
+        """latents: [B, F, channels, height, width] at noise level sigma [B, F] in 0..1; actions: [B, F, action_dim];
+        steer: one per block. Returns flow or clean latents (`config.prediction`), [B, F, latent_channels, height,
+        width]."""
         config, (batch, frames) = self.config, latents.shape[:2]
         x = self.patch_embedding(latents.transpose(1, 2)).flatten(3).permute(0, 2, 3, 1)
         e = self.time_embedding(sinusoidal_embedding(sigma * 1000, config.freq_dim).to(x.dtype))
@@ -132,10 +141,11 @@ class CausalDiT(nn.Module):
             e = e + self.action_embedding(actions.to(x.dtype))
         e6 = self.time_projection(e).unflatten(-1, (6, -1))
         space = self.space_cos.to(x.dtype), self.space_sin.to(x.dtype)
-        for block, attend_self, attend_text in zip(self.blocks, attend, cross, strict=True):
-            x = block(x, e6, space, attend_self, attend_text)
+        steer = steer or [None] * config.layers
+        for block, attend_self, attend_text, steer_block in zip(self.blocks, attend, cross, steer, strict=True):
+            x = block(x, e6, space, attend_self, attend_text, steer_block)
         x = self.head(x, e)
         rows, columns = config.grid
         return x.reshape(batch, frames, rows, columns, config.patch[1], config.patch[2], -1).permute(
             0, 1, 6, 2, 4, 3, 5
-        ).reshape(latents.shape)  # fmt: skip
+        ).reshape(batch, frames, config.latent_channels, *latents.shape[3:])  # fmt: skip

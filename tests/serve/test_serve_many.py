@@ -234,8 +234,8 @@ def test_bad_tokens(steady):
 
 def test_every_metric_is_there_under_its_name(steady):
     with Stream(steady.grpc_url) as stream:
-        stream.chunk(prompt=PROMPT, options={"fps": 200.0}, start=True)
-        time.sleep(0.3)
+        stream.chunk(prompt=PROMPT, options={"fps": 20.0}, start=True)
+        time.sleep(1.0)
         stream.chunk()
         stream.control(id=1, snapshot=True)
         stream.chunk(end=True)
