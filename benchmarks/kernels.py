@@ -1,0 +1,198 @@
+"""The GPU kernels at Wan2.1-1.3B's shapes (480x832): first compared with float32, then timed beside cuDNN.
+
+`python -m benchmarks.kernels --out DIR` on a GPU of compute capability 9.0 or newer. No speed is reported for a kernel that is
+wrong. Rates count 4 * queries * keys * 128 operations a head (attention), on executed blocks only."""
+
+from __future__ import annotations
+
+import json
+import statistics
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import torch
+import typer
+from torch import Tensor
+from torch.nn import functional as F
+from torch.nn.attention import SDPBackend, sdpa_kernel
+
+from fastar_backend.kernels import ops
+
+HEADS, DIM, FRAME, CHUNK = 12, 128, 1560, 3
+QUERIES = FRAME * CHUNK
+LAYERS = 30
+TILES = [ops.Tiles(m, n, w, s) for m, n, w, s in (
+    (128, 128, 8, 2), (128, 128, 8, 3), (128, 64, 8, 3), (128, 64, 4, 3), (64, 128, 4, 2), (64, 64, 4, 3), (128, 64, 8, 2),
+)]  # fmt: skip
+
+
+def milliseconds(act: Callable[[], Any], repeats: int = 20) -> float:
+    """Median by events, after a warm-up."""
+    for _ in range(3):
+        act()
+    times = []
+    for _ in range(repeats):
+        start, stop = torch.cuda.Event(enable_timing=True), torch.cuda.Event(enable_timing=True)
+        start.record()
+        act()
+        stop.record()
+        stop.synchronize()
+        times.append(start.elapsed_time(stop))
+    return statistics.median(times)
+
+
+def random(*shape: int) -> Tensor:
+    return torch.randn(shape, device="cuda").bfloat16()
+
+
+def plain(query: Tensor, key: Tensor, value: Tensor, mask: Tensor | None) -> Tensor:
+    """[queries, heads, dim] in float32, head by head."""
+    out = []
+    for head in range(key.shape[0]):
+        logits = query[:, head].float() @ key[head].float().T * DIM**-0.5
+        out.append((logits if mask is None else logits + mask[head]).softmax(-1) @ value[head].float())
+    return torch.stack(out, 1)
+
+
+def check(name: str, out: Tensor, reference: Tensor, limit: float = 1e-2) -> float:
+    error = ((out.float() - reference.float()).norm() / reference.float().norm()).item()
+    if not error < limit:
+        raise SystemExit(f"{name} is wrong: relative error {error:.2e}, allowed {limit:.0e}; no figures")
+    return error
+
+
+def attention(frames: int) -> dict[str, Any]:
+    """frames: latent frames of keys, of which all but the chunk's are memory with a bias."""
+    stop, memory = frames * FRAME, (frames - CHUNK) * FRAME
+    query, key, value = random(QUERIES, HEADS, DIM), random(HEADS, stop, DIM), random(HEADS, stop, DIM)
+    bias = torch.randint(1, 50, (HEADS, stop), device="cuda").float().log()
+    first = torch.zeros(HEADS, dtype=torch.int32, device="cuda")
+    work = 4 * HEADS * QUERIES * stop * DIM
+    row: dict[str, Any] = {"frames": frames}
+    columns = torch.arange(stop, device="cuda")
+    mask = torch.where(columns < memory, bias, 0.0)
+    if frames <= 21:
+        row["error"] = check("attend", ops.attend(query, key, value, bias, first, memory, stop),
+                             plain(query, key, value, mask[:, None]))  # fmt: skip
+    heads_first = query.transpose(0, 1)[None]
+    for name, backend in (("cudnn", SDPBackend.CUDNN_ATTENTION), ("flash", SDPBackend.FLASH_ATTENTION)):
+        with sdpa_kernel(backend):
+            row[name] = milliseconds(lambda: F.scaled_dot_product_attention(heads_first, key[None], value[None]))
+        row[f"{name}_tflops"] = work / row[name] / 1e9
+    best = {}
+    for tile in TILES:
+        try:
+            best[str(tile)] = milliseconds(
+                lambda t=tile: ops.attend(query, key, value, bias, first, memory, stop, tile=t)
+            )
+        except Exception as failure:  # too much shared memory
+            best[str(tile)] = float("inf")
+            print(tile, type(failure).__name__)
+    row["tiles"] = best
+    row["ours"] = milliseconds(lambda: ops.attend(query, key, value, bias, first, memory, stop))
+    row["ours_tflops"] = work / row["ours"] / 1e9
+    lse = torch.empty(HEADS, QUERIES, device="cuda")
+    ops.attend(query, key, value, bias, first, memory, stop, lse=lse)
+    row["mass"] = milliseconds(lambda: ops.mass(query, key, bias, lse, 6, memory, stop))
+    return row
+
+
+def sparse(frames: int, density: float) -> dict[str, Any]:
+    """Block-sparse over a compact index, at `density` of the key blocks."""
+    stop = frames * FRAME
+    query, key, value = random(QUERIES, HEADS, DIM), random(HEADS, stop, DIM), random(HEADS, stop, DIM)
+    bias = torch.zeros(HEADS, stop, device="cuda")
+    key_blocks = -(-stop // ops.KEY_BLOCK)
+    row: dict[str, Any] = {"frames": frames, "density": density, "tiles": {}}
+    for tile in TILES:
+        query_blocks = -(-QUERIES // tile.queries)
+        count = max(1, round(density * key_blocks))
+        order = torch.rand(HEADS, QUERIES, device="cuda").argsort(-1)
+        blocks = (
+            torch.rand(HEADS, query_blocks, key_blocks, device="cuda").topk(count, -1).indices.int().sort(-1).values
+        )
+        counts = torch.full((HEADS, query_blocks), count, dtype=torch.int32, device="cuda")
+        blocks = blocks.contiguous()
+        chosen = (order, counts, blocks)
+        zero = counts[:, 0].contiguous()
+        work = 4 * HEADS * QUERIES * count * ops.KEY_BLOCK * DIM
+        if "error" not in row:
+            allowed = torch.zeros(HEADS, query_blocks, key_blocks * ops.KEY_BLOCK, dtype=torch.bool, device="cuda")
+            allowed.unflatten(2, (-1, ops.KEY_BLOCK)).scatter_(
+                2, blocks.long()[..., None].expand(-1, -1, -1, ops.KEY_BLOCK), True
+            )
+            allowed = allowed[..., :stop].repeat_interleave(tile.queries, 1)[:, :QUERIES]
+            mask = torch.full((HEADS, QUERIES, stop), -torch.inf, device="cuda")
+            mask.scatter_(1, order[..., None].expand_as(mask), torch.where(allowed, 0.0, -torch.inf))
+            out = ops.attend(query, key, value, bias, zero, 0, stop, selection=chosen, tile=tile)
+            row["error"] = check("sparse attend", out, plain(query, key, value, mask))
+            del mask, allowed
+        time = milliseconds(lambda: ops.attend(query, key, value, bias, zero, 0, stop, selection=chosen, tile=tile))
+        row["tiles"][str(tile)] = {"ms": time, "tflops": work / time / 1e9}
+    return row
+
+
+def upkeep(budget: int) -> dict[str, Any]:
+    """One leaving latent frame of one stream: ANN top-1 and merging, all layers at once."""
+    heads, slots = LAYERS * HEADS, budget * FRAME
+    code, scale = ops.quantise(random(heads, slots, DIM))
+    new_code, new_scale = ops.quantise(random(heads, FRAME, DIM))
+    first = torch.zeros(heads, dtype=torch.int32, device="cuda")
+    similarity, match = ops.nearest(new_code, new_scale, code, scale, first)
+    head = heads // 2
+    exact = (new_code[head].float() * new_scale[head, :, None]) @ (code[head].float() * scale[head, :, None]).T
+    check("nearest", similarity[head], exact.max(-1).values, 1e-3)
+    row: dict[str, Any] = {"budget": budget}
+    row["nearest"] = milliseconds(lambda: ops.nearest(new_code, new_scale, code, scale, first), 5)
+    row["nearest_tops"] = 2 * heads * FRAME * slots * DIM / row["nearest"] / 1e9
+    new = ops.Groups(random(heads, FRAME, DIM), random(heads, FRAME, DIM), new_code, new_scale,
+                     torch.ones(heads, FRAME, device="cuda"), torch.rand(heads, FRAME, device="cuda"))  # fmt: skip
+    held = ops.Groups(random(heads, slots, DIM), random(heads, slots, DIM), code, scale,
+                      torch.ones(heads, slots, device="cuda"), torch.rand(heads, slots, device="cuda"))  # fmt: skip
+    row["merge"] = milliseconds(lambda: ops.merge(held, match, new, True), 5)
+    slot = torch.rand(heads, slots, device="cuda").argsort(-1)[:, :FRAME].contiguous()
+    order = torch.rand(heads, FRAME, device="cuda").argsort(-1)
+    replace = torch.rand(heads, FRAME, device="cuda") < 0.5
+    row["place"] = milliseconds(lambda: ops.place(held, slot, order, replace, new), 5)
+    price = torch.rand(heads, slots, device="cuda")
+    row["cheapest_slots"] = milliseconds(lambda: price.topk(FRAME, largest=False), 5)
+    row["sort_slots"] = milliseconds(lambda: price.sort(-1), 5)
+    row["sort_tokens"] = milliseconds(lambda: price[:, :FRAME].sort(-1), 5)
+    return row
+
+
+def turning() -> dict[str, Any]:
+    """The time rotation of nine ring frames of every layer (once a chunk), and of one chunk of one layer."""
+    span = 24
+    angles = torch.randn(2 * span + 1, 22, device="cuda")
+    source = random(LAYERS * HEADS, 9 * FRAME, DIM)
+    out = torch.empty_like(source)
+    turns = torch.randint(0, 2 * span, (9,), dtype=torch.int32, device="cuda")
+    cos, sin = angles.cos(), angles.sin()
+    time = milliseconds(lambda: ops.turn(source.transpose(0, 1), turns, cos, sin, FRAME, out.transpose(0, 1)), 5)
+    return {"ring": time, "ring_tb_s": 2 * source.nbytes / time / 1e9}
+
+
+def main(out: Path = Path("out/kernels")) -> None:
+    torch.manual_seed(0)
+    a, b = random(8192, 8192), random(8192, 8192)
+    matmul = 2 * 8192**3 / milliseconds(lambda: a @ b) / 1e9
+    x = torch.empty(1 << 31, dtype=torch.uint8, device="cuda")
+    y = torch.empty_like(x)
+    copy = 2 * x.nbytes / milliseconds(lambda: y.copy_(x)) / 1e9
+    del x, y
+    result: dict[str, Any] = {
+        "device": torch.cuda.get_device_name(), "torch": torch.__version__,
+        "matmul_tflops": matmul, "copy_tb_s": copy,
+        "attention": [attention(frames) for frames in (3, 9, 15, 21, 63)],
+        "sparse": [sparse(21, 0.16), sparse(63, 0.16), sparse(21, 0.5)],
+        "upkeep": upkeep(6), "turn": turning(),
+    }  # fmt: skip
+    out.mkdir(parents=True, exist_ok=True)
+    (out / "kernels.json").write_text(json.dumps(result, indent=1))
+    print(json.dumps(result, indent=1))
+
+
+if __name__ == "__main__":
+    typer.run(main)

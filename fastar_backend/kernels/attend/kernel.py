@@ -1,0 +1,96 @@
+"""Attention of one chunk's queries over a compressed cache: softmax(q k / sqrt(d) + bias) v, one program a query block.
+
+Keys below `memory` carry a logit bias (log of the group's count; -inf: a free slot); those from there to `stop` none.
+`first` says, head by head, where the used memory begins, so that heads of unequal length share a launch. With
+SPARSE, a query block visits only the key blocks of its compact index (AnnSA), and queries are taken in `order`.
+"""
+
+from __future__ import annotations
+
+import triton
+import triton.language as tl
+
+
+@triton.jit
+def _visit(acc, total, peak, q, key, value, bias, column, limit, stop, scale,
+           D: tl.constexpr, BIAS: tl.constexpr, MASK: tl.constexpr, PRECISION: tl.constexpr):  # fmt: skip
+    """One key block: rows `column` of key and value. Running softmax in base 2."""
+    dims = tl.arange(0, D)
+    rows = column.to(tl.int64)[:, None] * D + dims[None, :]
+    if MASK:
+        inside = column < stop
+        k = tl.load(key + rows, mask=inside[:, None], other=0.0)
+        v = tl.load(value + rows, mask=inside[:, None], other=0.0)
+    else:
+        k = tl.load(key + rows)
+        v = tl.load(value + rows)
+    logits = tl.dot(q, tl.trans(k), input_precision=PRECISION) * scale
+    if BIAS:
+        b = tl.load(bias + column, mask=column < limit, other=-float("inf")) * 1.4426950408889634
+        logits += b[None, :]
+    if MASK:
+        logits = tl.where(inside[None, :], logits, -float("inf"))
+    new = tl.maximum(peak, tl.max(logits, 1))
+    p = tl.exp2(logits - new[:, None])
+    shrink = tl.exp2(peak - new)
+    total = total * shrink + tl.sum(p, 1)
+    acc = acc * shrink[:, None]
+    acc = tl.dot(p.to(v.dtype), v, acc, input_precision=PRECISION)
+    return acc, total, new
+
+
+@triton.jit
+def attend_kernel(
+    query, key, value, bias, first, order, counts, blocks,
+    queries, memory, stop, most, scale, query_row, query_head, key_head, bias_head, out_row, out_head,
+    out, lse,
+    D: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, SPARSE: tl.constexpr, LSE: tl.constexpr,
+    PRECISION: tl.constexpr,
+):  # fmt: skip
+    """query: rows of D at [row * query_row + head * query_head], out likewise; key, value: [head, rows, D] with rows adjacent and
+    heads `key_head` apart; bias: [head, columns]; first: [heads]; order: [heads, queries]; counts: [heads, query
+    blocks]; blocks: [heads, query blocks, most]; lse: [heads, queries]."""
+    block, head = tl.program_id(0), tl.program_id(1)
+    lines = block * BLOCK_M + tl.arange(0, BLOCK_M)
+    valid = lines < queries
+    if SPARSE:
+        lines = tl.load(order + head.to(tl.int64) * queries + lines, mask=valid, other=0)
+    dims = tl.arange(0, D)
+    at = lines.to(tl.int64)[:, None] * query_row + head.to(tl.int64) * query_head + dims[None, :]
+    q = tl.load(query + at, mask=valid[:, None], other=0.0)
+    key += head.to(tl.int64) * key_head
+    value += head.to(tl.int64) * key_head
+    bias += head.to(tl.int64) * bias_head
+    acc = tl.zeros([BLOCK_M, D], tl.float32)
+    total = tl.zeros([BLOCK_M], tl.float32)
+    peak = tl.full([BLOCK_M], -1e30, tl.float32)  # finite: a block without any key must not make NaN
+    step = tl.arange(0, BLOCK_N)
+    scale = scale * 1.4426950408889634
+    if SPARSE:
+        row = head.to(tl.int64) * tl.num_programs(0) + block
+        count = tl.load(counts + row)
+        blocks += row * most
+        for index in range(0, count):
+            column = tl.load(blocks + index) * BLOCK_N + step
+            acc, total, peak = _visit(acc, total, peak, q, key, value, bias, column, stop, stop, scale,
+                                      D, True, True, PRECISION)  # fmt: skip
+    else:
+        begin = tl.load(first + head) // BLOCK_N * BLOCK_N
+        for start in range(begin, memory // BLOCK_N * BLOCK_N, BLOCK_N):
+            acc, total, peak = _visit(acc, total, peak, q, key, value, bias, start + step, memory, stop, scale,
+                                      D, True, False, PRECISION)  # fmt: skip
+        if (memory % BLOCK_N > 0) & (begin < memory):  # the block that memory ends in
+            acc, total, peak = _visit(acc, total, peak, q, key, value, bias, memory // BLOCK_N * BLOCK_N + step, memory,
+                                      stop, scale, D, True, True, PRECISION)  # fmt: skip
+        whole = memory + (stop - memory) // BLOCK_N * BLOCK_N
+        for start in range(memory, whole, BLOCK_N):
+            acc, total, peak = _visit(acc, total, peak, q, key, value, bias, start + step, memory, stop, scale,
+                                      D, False, False, PRECISION)  # fmt: skip
+        if whole < stop:
+            acc, total, peak = _visit(acc, total, peak, q, key, value, bias, whole + step, memory, stop, scale,
+                                      D, False, True, PRECISION)  # fmt: skip
+    to = lines.to(tl.int64)[:, None] * out_row + head.to(tl.int64) * out_head + dims[None, :]
+    tl.store(out + to, (acc / total[:, None]).to(out.dtype.element_ty), mask=valid[:, None])
+    if LSE:
+        result = (peak + tl.log2(total)) * 0.6931471805599453
+        tl.store(lse + head.to(tl.int64) * queries + lines, result, mask=valid)

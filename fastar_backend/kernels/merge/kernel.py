@@ -1,0 +1,75 @@
+"""TempCache's update, in place: newcomers take slots, tokens join groups. Every slot is written by one program, and its
+members are added in the order given, so that equal inputs make equal caches (no atomics)."""
+
+from __future__ import annotations
+
+import triton
+import triton.language as tl
+
+
+@triton.jit
+def place_kernel(
+    slot, newcomer, replace, new_key, new_value, new_code, new_scale, new_usage,
+    pairs, tokens, slots, new_value_head, key_head, usage_head,
+    key, value, code, scale, count, usage,
+    D: tl.constexpr,
+):  # fmt: skip
+    """Where replace [heads, pairs], token newcomer [heads, pairs] founds a group of one in slot [heads, pairs]. new_*:
+    [heads, tokens(, D)], values with heads `new_value_head` apart; key, value: [heads, rows, D], heads `key_head` apart;
+    code, scale, count: [heads, slots(, D)]; usage: heads `usage_head` apart."""
+    pair, head = tl.program_id(0), tl.program_id(1).to(tl.int64)
+    at = head * pairs + pair
+    if tl.load(replace + at) != 0:
+        to, source = tl.load(slot + at).to(tl.int64), tl.load(newcomer + at).to(tl.int64)
+        dims = tl.arange(0, D)
+        row = head * tokens + source
+        tl.store(key + head * key_head + to * D + dims, tl.load(new_key + row * D + dims))
+        tl.store(
+            value + head * key_head + to * D + dims, tl.load(new_value + head * new_value_head + source * D + dims)
+        )
+        tl.store(code + (head * slots + to) * D + dims, tl.load(new_code + row * D + dims))
+        tl.store(scale + head * slots + to, tl.load(new_scale + row))
+        tl.store(usage + head * usage_head + to, tl.load(new_usage + row))
+        tl.store(count + head * slots + to, 1.0)
+
+
+@triton.jit
+def merge_kernel(
+    target, order, new_count, new_usage, new_value, new_key, new_code, new_scale,
+    tokens, slots, new_value_head, key_head, usage_head,
+    key, value, code, scale, count, usage,
+    D: tl.constexpr, RENEW: tl.constexpr,
+):  # fmt: skip
+    """target: int32 [heads, tokens], ascending; entry p is token order[p], which goes into slot target[p] (`slots`:
+    nowhere). count grows by new_count, usage by new_usage, value becomes the mean by count. RENEW: the group's key and code become
+    those of its last member (the paper's representative). Layouts as in `place_kernel`."""
+    entry, head = tl.program_id(0), tl.program_id(1).to(tl.int64)
+    base = head * tokens
+    to = tl.load(target + base + entry)
+    before = tl.load(target + base + entry - 1, mask=entry > 0, other=-1)
+    if (to < slots) & (before != to):  # the first member of its group works for all of them
+        dims = tl.arange(0, D)
+        place = to.to(tl.int64)
+        own = head * slots + place
+        total = tl.load(count + own)
+        use = tl.load(usage + head * usage_head + place)
+        mean = tl.load(value + head * key_head + place * D + dims).to(tl.float32) * total
+        member = entry
+        last = base
+        same = to
+        while same == to:
+            token = tl.load(order + base + member).to(tl.int64)
+            last = base + token
+            plus = tl.load(new_count + last)
+            total += plus
+            use += tl.load(new_usage + last)
+            mean += plus * tl.load(new_value + head * new_value_head + token * D + dims).to(tl.float32)
+            member += 1
+            same = tl.load(target + base + member, mask=member < tokens, other=-1)
+        tl.store(count + own, total)
+        tl.store(usage + head * usage_head + place, use)
+        tl.store(value + head * key_head + place * D + dims, (mean / total).to(value.dtype.element_ty))
+        if RENEW:
+            tl.store(key + head * key_head + place * D + dims, tl.load(new_key + last * D + dims))
+            tl.store(code + own * D + dims, tl.load(new_code + last * D + dims))
+            tl.store(scale + own, tl.load(new_scale + last))

@@ -1,0 +1,40 @@
+"""What `place_kernel` and `merge_kernel` compute, in plain loops and float64. State and entries are dicts of tensors:
+key, value, code [heads, rows, dim], scale, count, usage [heads, rows]."""
+
+from __future__ import annotations
+
+from torch import Tensor
+
+State = dict[str, Tensor]
+
+
+def place(state: State, slot: Tensor, newcomer: Tensor, replace: Tensor, new: State) -> State:
+    result = {name: value.clone() for name, value in state.items()}
+    for head in range(slot.shape[0]):
+        for pair in range(slot.shape[1]):
+            if replace[head, pair]:
+                to, source = int(slot[head, pair]), int(newcomer[head, pair])
+                for name in ("key", "value", "code", "scale", "usage"):
+                    result[name][head, to] = new[name][head, source]
+                result["count"][head, to] = 1
+    return result
+
+
+def merge(state: State, target: Tensor, new: State, renew: bool) -> State:
+    """target: [heads, tokens] the slot of each token, or one past the last: nowhere."""
+    result = {name: value.clone() for name, value in state.items()}
+    slots = state["count"].shape[1]
+    for head in range(target.shape[0]):
+        for token in range(target.shape[1]):
+            to = int(target[head, token])
+            if to >= slots:
+                continue
+            before, plus = result["count"][head, to].double(), new["count"][head, token].double()
+            value = before * result["value"][head, to].double() + plus * new["value"][head, token].double()
+            result["value"][head, to] = value / (before + plus)
+            result["count"][head, to] += plus
+            result["usage"][head, to] += new["usage"][head, token]
+            if renew:
+                for name in ("key", "code", "scale"):
+                    result[name][head, to] = new[name][head, token]
+    return result

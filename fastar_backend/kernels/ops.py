@@ -1,0 +1,155 @@
+"""The kernels as functions of tensors. They run on CUDA, and on the CPU in Triton's interpreter (TRITON_INTERPRET=1).
+
+Nothing here waits for the device."""
+
+from __future__ import annotations
+
+import dataclasses
+
+import torch
+import triton
+from torch import Tensor
+
+from fastar_backend.kernels.attend.kernel import attend_kernel
+from fastar_backend.kernels.mass.kernel import mass_kernel
+from fastar_backend.kernels.merge.kernel import merge_kernel, place_kernel
+from fastar_backend.kernels.nearest.kernel import nearest_kernel
+from fastar_backend.kernels.turn.kernel import turn_kernel
+
+KEY_BLOCK = 64  # keys that AnnSA selects together
+
+
+@dataclasses.dataclass(frozen=True)
+class Tiles:
+    """Block sizes of a launch."""
+
+    queries: int
+    keys: int
+    warps: int
+    stages: int
+
+
+def tiles(dtype: torch.dtype, dim: int) -> Tiles:
+    """What measured best on Hopper (benchmarks/kernels.py): 128 x 128 fills a multiprocessor's registers at bf16."""
+    if dtype.itemsize > 2:
+        return Tiles(32, 32, 4, 1)
+    return Tiles(128, 64 if dim > 128 else 128, 8, 2)
+
+
+def precision(dtype: torch.dtype) -> str:
+    return "ieee" if dtype == torch.float32 else "tf32"  # float32 is for comparisons: no rounding of operands
+
+
+def attend(query: Tensor, key: Tensor, value: Tensor, bias: Tensor, first: Tensor, memory: int, stop: int, *,
+           selection: tuple[Tensor, Tensor, Tensor] | None = None, lse: Tensor | None = None,
+           tile: Tiles | None = None) -> Tensor:  # fmt: skip
+    """softmax(q k / sqrt(d) + bias) v over keys first[head]..stop; the bias holds below `memory`, and is -inf below
+    first[head].
+
+    query: [queries, heads, dim], dim a power of two; key, value: [heads, rows, dim], rows adjacent; bias: float32 [heads, >=
+    memory (selection: stop)]; first: int32 [heads]; selection: (order int [heads, queries], counts int32 [heads, query
+    blocks], blocks int32 [heads, query blocks, most] of KEY_BLOCK keys each); lse: float32 [heads, queries], written.
+    Returns [queries, heads, dim], contiguous."""
+    queries, heads, dim = query.shape
+    tile = tile or tiles(query.dtype, dim)
+    columns = tile.keys if selection is None else KEY_BLOCK
+    out = torch.empty(queries, heads, dim, device=query.device, dtype=query.dtype)
+    order, counts, blocks = selection or (first, first, first)
+    grid = (triton.cdiv(queries, tile.queries), heads)
+    attend_kernel[grid](
+        query, key, value, bias, first, order, counts, blocks,
+        queries, memory, stop, blocks.shape[-1], dim**-0.5, query.stride(0), query.stride(1), key.stride(0), bias.stride(0),
+        out.stride(0), out.stride(1),
+        out, first if lse is None else lse,
+        D=dim, BLOCK_M=tile.queries, BLOCK_N=columns, SPARSE=selection is not None, LSE=lse is not None,
+        PRECISION=precision(query.dtype), num_warps=tile.warps, num_stages=tile.stages,
+    )  # fmt: skip
+    return out
+
+
+def mass(query: Tensor, key: Tensor, bias: Tensor, lse: Tensor, stride: int, memory: int, stop: int) -> Tensor:
+    """Mean attention mass float32 [heads, stop] of each key over every stride-th query. Arguments as in `attend`."""
+    queries, heads, dim = query.shape
+    out = torch.empty(heads, stop, device=query.device, dtype=torch.float32)
+    wide = query.dtype.itemsize > 2
+    mass_kernel[(triton.cdiv(stop, 64), heads)](
+        query, key, bias, lse,
+        queries, stride, memory, stop, dim**-0.5, query.stride(0), query.stride(1), key.stride(0), bias.stride(0), stop,
+        out,
+        D=dim, BLOCK_M=32 if wide else 64, BLOCK_N=64, PRECISION=precision(query.dtype), num_warps=4,
+        num_stages=1 if wide else 2,
+    )  # fmt: skip
+    return out
+
+
+def quantise(x: Tensor) -> tuple[Tensor, Tensor]:
+    """Unit vectors of x [..., dim] as int8 codes and a float32 scale a row: x / |x| is about code * scale."""
+    length = x.float().square().sum(-1).clamp(min=1e-24).sqrt()
+    scale = x.abs().amax(-1).float().clamp(min=1e-24) / 127
+    return (x.float() / scale[..., None]).round().to(torch.int8), scale / length
+
+
+def nearest(
+    probe: Tensor, probe_scale: Tensor, code: Tensor, code_scale: Tensor, first: Tensor
+) -> tuple[Tensor, Tensor]:
+    """(similarity float32, slot int32; both [heads, probes]) of the held slot (first[head]..) nearest to each probe by
+    cosine; -inf and -1 where none is held. probe, code: int8 [heads, n, dim] from `quantise`."""
+    heads, probes, dim = probe.shape
+    similarity = torch.empty(heads, probes, device=probe.device, dtype=torch.float32)
+    match = torch.empty(heads, probes, device=probe.device, dtype=torch.int32)
+    nearest_kernel[(triton.cdiv(probes, 128), heads)](
+        probe, probe_scale, code, code_scale, first, probes, code.shape[1], similarity, match,
+        D=dim, BLOCK_M=128, BLOCK_N=128, num_warps=8, num_stages=2,
+    )  # fmt: skip
+    return similarity, match
+
+
+def turn(source: Tensor, turns: Tensor, cos: Tensor, sin: Tensor, frame_tokens: int, out: Tensor) -> None:
+    """out = source, both [tokens, heads, dim] of any strides and not the same memory, with token t turned in time by line
+    turns[t // frame_tokens] of cos and sin (float32 [lines, time dims / 2])."""
+    tokens, heads, dim = source.shape
+    turn_kernel[(triton.cdiv(tokens, 32), heads)](
+        source, turns, cos, sin,
+        tokens, source.stride(0), source.stride(1), frame_tokens, out.stride(0), out.stride(1),
+        out,
+        D=dim, TIME=2 * cos.shape[1], BLOCK=32, num_warps=4,
+    )  # fmt: skip
+
+
+@dataclasses.dataclass(frozen=True)
+class Groups:
+    """Rows of a cache or of what goes into it. key, value: [heads, rows, dim]; code: int8 [heads, rows, dim]; scale, count,
+    usage: float32 [heads, rows]."""
+
+    key: Tensor
+    value: Tensor
+    code: Tensor
+    scale: Tensor
+    count: Tensor
+    usage: Tensor
+
+    @property
+    def outputs(self) -> tuple[Tensor, ...]:
+        return self.key, self.value, self.code, self.scale, self.count, self.usage
+
+
+def place(groups: Groups, slot: Tensor, newcomer: Tensor, replace: Tensor, new: Groups) -> None:
+    """Row newcomer of `new` founds a group of one in `slot`, where `replace`; all three [heads, pairs], replace bool."""
+    heads, pairs = slot.shape
+    place_kernel[(pairs, heads)](
+        slot, newcomer, replace.to(torch.int8), new.key, new.value, new.code, new.scale, new.usage,
+        pairs, new.key.shape[1], groups.count.shape[1], new.value.stride(0), groups.key.stride(0), groups.usage.stride(0),
+        *groups.outputs, D=new.key.shape[2], num_warps=1,
+    )  # fmt: skip
+
+
+def merge(groups: Groups, target: Tensor, new: Groups, renew: bool) -> None:
+    """Adds row t of `new` to the group in slot target[head, t] (int32; as many as there are slots: nowhere): counts and usage
+    grow, the value becomes the mean. renew: keys and codes become the last member's."""
+    heads, tokens = target.shape
+    ascending, order = target.sort(dim=-1, stable=True)
+    merge_kernel[(tokens, heads)](
+        ascending, order.int(), new.count, new.usage, new.value, new.key, new.code, new.scale,
+        tokens, groups.count.shape[1], new.value.stride(0), groups.key.stride(0), groups.usage.stride(0),
+        *groups.outputs, D=new.value.shape[2], RENEW=renew, num_warps=1,
+    )  # fmt: skip

@@ -1,0 +1,184 @@
+"""Each kernel in Triton's interpreter against its plain float64 reference: fresh random inputs, odd sizes, outputs that
+hold NaN before."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+
+from fastar_backend.kernels import ops
+from fastar_backend.kernels.attend.reference import attend
+from fastar_backend.kernels.mass.reference import mass
+from fastar_backend.kernels.merge import reference as merging
+from fastar_backend.kernels.nearest.reference import nearest
+from fastar_backend.kernels.turn.reference import turn
+
+DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
+
+
+def random(*shape: int, dtype=torch.float32) -> torch.Tensor:
+    return torch.randn(shape, device=DEVICE).to(dtype)
+
+
+def error(out: torch.Tensor, reference: torch.Tensor) -> float:
+    return ((out.double().cpu() - reference.cpu()).norm() / reference.norm()).item()
+
+
+@pytest.fixture(autouse=True)
+def poisoned(monkeypatch):
+    """What a kernel fails to write shows."""
+    real = torch.empty
+
+    def poison(*args, **kwargs):
+        out = real(*args, **kwargs)
+        return out.fill_(torch.nan) if out.is_floating_point() else out
+
+    monkeypatch.setattr(torch, "empty", poison)
+
+
+def compressed(heads: int, memory: int, stop: int, capacity: int, dim: int, dtype=torch.float32):
+    """Keys and values whose unused rows are poison, the bias of groups (counts), and where each head's groups begin."""
+    first = torch.randint(0, memory + 1, (heads,), dtype=torch.int32, device=DEVICE)
+    key, value = random(heads, capacity, dim, dtype=dtype), random(heads, capacity, dim, dtype=dtype)
+    key[:, stop:], value[:, stop:] = torch.nan, torch.nan
+    bias = torch.randint(1, 9, (heads, capacity), device=DEVICE).float().log()
+    bias[:, :memory] = bias[:, :memory].masked_fill(torch.arange(memory, device=DEVICE) < first[:, None], -torch.inf)
+    return key, value, bias, first
+
+
+@pytest.mark.parametrize(
+    ("queries", "memory", "stop", "dim"),
+    [(63, 0, 63, 16), (5, 37, 50, 32), (40, 64, 128, 16), (33, 111, 140, 64), (1, 1, 2, 16), (32, 100, 101, 16)],
+)
+def test_attend(queries, memory, stop, dim):
+    heads = 3
+    key, value, bias, first = compressed(heads, memory, stop, stop + 9, dim)
+    query = random(heads, queries, dim).transpose(0, 1)  # strided, as the transformer has it
+    lse = torch.full((heads, queries), torch.nan, device=DEVICE)
+    out = ops.attend(query, key, value, bias, first, memory, stop, lse=lse)
+    expected, norm = attend(query.cpu(), key.cpu(), value.cpu(), bias.cpu(), first.cpu(), memory, stop)
+    assert error(out, expected) < 1e-5
+    assert error(lse, norm) < 1e-5
+
+
+def test_attend_in_half_precision():
+    dtype = torch.bfloat16 if DEVICE == "cuda" else torch.float16  # the interpreter takes bfloat16 for integers
+    key, value, bias, first = compressed(2, 70, 130, 140, 64, dtype)
+    query = random(50, 2, 64, dtype=dtype)
+    out = ops.attend(query, key, value, bias, first, 70, 130)
+    assert error(out, attend(query.cpu(), key.cpu(), value.cpu(), bias.cpu(), first.cpu(), 70, 130)[0]) < 1e-2
+
+
+@pytest.mark.parametrize(("queries", "stop"), [(40, 200), (96, 257), (7, 64)])
+def test_attend_to_selected_blocks(queries, stop):
+    heads, dim, rows = 2, 16, 32
+    key, value, bias, _ = compressed(heads, 0, stop, stop, dim)
+    key, value = key.nan_to_num(), value.nan_to_num()
+    query = random(queries, heads, dim)
+    order = torch.rand(heads, queries, device=DEVICE).argsort(-1)
+    blocks_of_keys = -(-stop // ops.KEY_BLOCK)
+    query_blocks = -(-queries // rows)
+    counts = torch.randint(1, blocks_of_keys + 1, (heads, query_blocks), dtype=torch.int32, device=DEVICE)
+    blocks = torch.rand(heads, query_blocks, blocks_of_keys, device=DEVICE).argsort(-1).int()
+    out = ops.attend(query, key, value, bias, counts[:, 0], 0, stop, selection=(order, counts, blocks))
+    allowed = torch.zeros(heads, queries, stop, dtype=torch.bool)
+    for head in range(heads):
+        for line in range(queries):
+            block = line // rows
+            for chosen in blocks[head, block, : counts[head, block]].tolist():
+                allowed[head, order[head, line], chosen * ops.KEY_BLOCK : (chosen + 1) * ops.KEY_BLOCK] = True
+    zero = torch.zeros(heads, dtype=torch.int32)
+    expected, _ = attend(query.cpu(), key.cpu(), value.cpu(), bias.cpu(), zero, stop, stop, allowed)
+    assert error(out, expected) < 1e-5
+
+
+@pytest.mark.parametrize(("queries", "memory", "stop", "stride"), [(63, 40, 90, 6), (31, 0, 33, 1), (10, 70, 71, 4)])
+def test_mass(queries, memory, stop, stride):
+    key, value, bias, first = compressed(2, memory, stop, stop + 3, 16)
+    query = random(queries, 2, 16)
+    lse = torch.full((2, queries), torch.nan, device=DEVICE)
+    ops.attend(query, key, value, bias, first, memory, stop, lse=lse)
+    out = ops.mass(query, key, bias, lse, stride, memory, stop)
+    assert error(out, mass(query.cpu(), key.cpu(), bias.cpu(), lse.cpu(), stride, memory, stop)) < 1e-5
+    assert torch.allclose(out.sum(-1), torch.ones(2, device=DEVICE), atol=1e-5), "all mass is somewhere"
+
+
+@pytest.mark.parametrize(("probes", "slots"), [(5, 1), (130, 129), (63, 300)])
+def test_nearest(probes, slots):
+    (probe, probe_scale), (code, scale) = ops.quantise(random(3, probes, 32)), ops.quantise(random(3, slots, 32))
+    first = torch.tensor([0, slots // 2, slots], dtype=torch.int32, device=DEVICE)
+    similarity, match = ops.nearest(probe, probe_scale, code, scale, first)
+    expected, where = nearest(probe.cpu(), probe_scale.cpu(), code.cpu(), scale.cpu(), first.cpu())
+    assert (match.cpu() == where).float().mean() > 0.99, "but for rounding in ties"
+    assert torch.allclose(similarity.cpu().double(), expected, atol=1e-5)
+    assert (match[2] == -1).all()
+
+
+def test_quantised_cosines_are_cosines():
+    a, b = random(1, 50, 64), random(1, 50, 64)
+    (code, scale), (other, other_scale) = ops.quantise(a), ops.quantise(b)
+    product = (code.double() * scale[..., None]) @ (other.double() * other_scale[..., None]).transpose(1, 2)
+    exact = torch.nn.functional.cosine_similarity(a[:, :, None].double(), b[:, None].double(), dim=-1)
+    assert (product - exact).abs().max() < 0.01
+
+
+@pytest.mark.parametrize(("frames", "frame_tokens", "time"), [(1, 33, 16), (3, 20, 6)])
+def test_turn(frames, frame_tokens, time):
+    tokens, dim = frames * frame_tokens, 16
+    source = random(2, tokens, dim).transpose(0, 1)
+    angles = random(5, time // 2)
+    turns = torch.randint(0, 5, (frames,), dtype=torch.int32, device=DEVICE)
+    room = torch.full((2, tokens + 7, dim), torch.nan, device=DEVICE)
+    out = room[:, 4 : 4 + tokens].transpose(0, 1)
+    ops.turn(source, turns, angles.cos(), angles.sin(), frame_tokens, out)
+    assert error(out, turn(source.cpu(), turns.cpu(), angles.cos().cpu(), angles.sin().cpu(), frame_tokens)) < 1e-6
+    assert room[:, :4].isnan().all()
+    assert room[:, 4 + tokens :].isnan().all()
+
+
+def groups(heads: int, rows: int, dim: int, room: int = 0) -> ops.Groups:
+    code, scale = ops.quantise(random(heads, rows, dim))
+    count = torch.randint(1, 5, (heads, rows), device=DEVICE).float()
+    usage = torch.rand(heads, rows + room, device=DEVICE)
+    return ops.Groups(random(heads, rows + room, dim), random(heads, rows + room, dim), code, scale, count, usage)
+
+
+def as_state(value: ops.Groups) -> merging.State:
+    return {name: getattr(value, name).cpu().clone() for name in ("key", "value", "code", "scale", "count", "usage")}
+
+
+def same(groups: ops.Groups, state: merging.State) -> None:
+    for name, expected in state.items():
+        assert torch.allclose(getattr(groups, name).cpu().double(), expected.double(), rtol=1e-5, atol=1e-6), name
+
+
+def test_place():
+    held, new = groups(2, 11, 16, room=5), groups(2, 7, 16)
+    slot = torch.stack([torch.randperm(11)[:7] for _ in range(2)]).to(DEVICE)
+    newcomer = torch.stack([torch.randperm(7) for _ in range(2)]).to(DEVICE)
+    replace = torch.rand(2, 7, device=DEVICE) < 0.5
+    expected = merging.place(as_state(held), slot.cpu(), newcomer.cpu(), replace.cpu(), as_state(new))
+    ops.place(held, slot, newcomer, replace, new)
+    same(held, expected)
+
+
+@pytest.mark.parametrize("renew", [False, True])
+@pytest.mark.parametrize("tokens", [1, 40])
+def test_merge(renew, tokens):
+    held, new = groups(3, 6, 16, room=4), groups(3, tokens, 16)
+    target = torch.randint(0, 7, (3, tokens), dtype=torch.int32, device=DEVICE)  # 6: nowhere
+    expected = merging.merge(as_state(held), target.cpu(), as_state(new), renew)
+    ops.merge(held, target, new, renew)
+    same(held, expected)
+
+
+def test_the_order_of_members_decides_every_bit():
+    """No atomics: the same merge twice makes the same bits."""
+    results = []
+    new, target = groups(2, 64, 16), torch.randint(0, 3, (2, 64), dtype=torch.int32, device=DEVICE)
+    start = groups(2, 3, 16)
+    for _ in range(2):
+        held = ops.Groups(*(tensor.clone() for tensor in start.outputs))
+        ops.merge(held, target, new, True)
+        results.append(held)
+    assert all(torch.equal(a, b) for a, b in zip(results[0].outputs, results[1].outputs, strict=True))
