@@ -56,6 +56,16 @@ class ModelConfig(Config):
             raise ValueError("patch must be (1, h, w) with h and w dividing the latent height and width")
         return self
 
+    @classmethod
+    def wan_1_3b(cls, **changes: Any) -> ModelConfig:
+        """Wan2.1-T2V-1.3B and what was distilled from it (Self-Forcing, Rolling-Forcing, LongLive), 480x832."""
+        return cls.model_validate({"dim": 1536, "layers": 30, "heads": 12, "ffn_dim": 8960} | changes)
+
+    @classmethod
+    def wan_14b(cls, **changes: Any) -> ModelConfig:
+        """Wan2.1-T2V-14B, 480x832."""
+        return cls.model_validate({"dim": 5120, "layers": 40, "heads": 40, "ffn_dim": 13824} | changes)
+
     @property
     def head_dim(self) -> int:
         return self.dim // self.heads

@@ -116,7 +116,8 @@ class CausalDiT(nn.Module):
             self.action_embedding = nn.Sequential(nn.Linear(config.action_dim, dim), nn.SiLU(), nn.Linear(dim, dim))
         self.blocks = nn.ModuleList([Block(config) for _ in range(config.layers)])
         self.head = Head(config)
-        angles = spatial_angles(config.grid, config.rope_split, config.rope_theta)[:, None]
+        with torch.device("cpu"):  # real numbers, even where the module is built on the meta device
+            angles = spatial_angles(config.grid, config.rope_split, config.rope_theta)[:, None]
         self.register_buffer("space_cos", angles.cos().float(), persistent=False)
         self.register_buffer("space_sin", angles.sin().float(), persistent=False)
 
