@@ -33,7 +33,7 @@ BRANCHES = ("keyboard", "mouse")
 
 
 class ActionConfig(Config):
-    """The defaults are the universal model's; GTA: keyboard_dim 2, local_frames 4; Temple Run: keyboard_dim 7,
+    """The defaults are the universal model's. GTA: keyboard_dim 2, local_frames 4. Temple Run: keyboard_dim 7,
     mouse_dim 0."""
 
     keyboard_dim: int = Field(4, ge=0)  # keys, 1 while pressed; 0: no keyboard
@@ -84,13 +84,14 @@ class ActionConfig(Config):
 
 class MatrixGameConfig(ModelConfig):
     """The defaults are the universal model's, 352x640 pixels. `text_dim` and `text_tokens` are those of the image's
-    CLIP tokens, which take the prompt's place; `latent_channels` are those that come out."""
+    CLIP tokens, which take the prompt's place; `latent_channels` are those that come out. The public models attend
+    to `actions.local_frames` latent frames, the chunk included: window attention with so many less a chunk."""
 
     text_dim: int = Field(1280, gt=0)
     text_tokens: int = Field(257, gt=0)
     latent_height: int = Field(44, gt=0)
     latent_width: int = Field(80, gt=0)
-    rope_max_distance: int = Field(3, gt=0)  # trained on 6 latent frames, of which 3 are the chunk
+    rope_max_distance: int = Field(3, gt=0)  # of 6 latent frames 3 are the chunk; GTA: 1
     image_channels: int = Field(20, gt=0)  # mask (4), latents of the image (16)
     actions: ActionConfig = ActionConfig()
 
@@ -132,12 +133,12 @@ class ActionState:
     @classmethod
     def load(cls, config: MatrixGameConfig, tensors: dict[str, Tensor], like: Tensor) -> Self:
         """From a snapshot, to the device of `like`. Raises ValueError where names, shapes or the type do not fit."""
-        some = tensors.get(f"{config.actions.blocks[0]}.{config.actions.branches[0]}.keys")
-        latent_frames = some.shape[-3] if some is not None and some.ndim > 2 else 0
-        history = config.actions.history_frames if latent_frames else 0
-        want = cls._shapes(config, history, min(latent_frames, config.actions.local_frames - 1))
-        if problem := next(iter(want.keys() ^ tensors.keys()), None):
+        if problem := next(iter(cls._shapes(config, 0, 0).keys() ^ tensors.keys()), None):
             raise ValueError(f"{problem} is missing or unknown")
+        actions = config.actions
+        some = tensors[f"{actions.blocks[0]}.{actions.branches[0]}.keys"]
+        latent_frames = min(some.shape[-3], actions.local_frames - 1) if some.ndim > 2 else 0
+        want = cls._shapes(config, actions.history_frames if tensors["actions"].numel() else 0, latent_frames)
         for name, value in tensors.items():
             if tuple(value.shape) != want[name] or value.dtype != like.dtype:
                 raise ValueError(f"{name} is {value.dtype} {list(value.shape)}, not {like.dtype} {list(want[name])}")
@@ -309,7 +310,7 @@ class MatrixGameDiT(CausalDiT):
             for state, new in zip(actions.states, actions.actions, strict=True)
         ])  # fmt: skip
         history = torch.cat([history, actions.actions], 1).to(latents.dtype)
-        windows = history.unfold(1, config.window_frames, config.frames_per_latent).transpose(2, 3)
+        windows = history[:, :-1].unfold(1, config.window_frames, config.frames_per_latent).transpose(2, 3)
         kept = config.local_frames - frames
         # Own storage, here and below: a view would keep the whole batch's alive.
         after = [{"actions": own[-config.history_frames :].clone()} for own in history]
@@ -326,6 +327,7 @@ class MatrixGameDiT(CausalDiT):
     def _steer(self, index: int, windows: Tensor, actions: Conditions, kept: int, after: list[dict[str, Tensor]],
                x: Tensor) -> Tensor:  # fmt: skip
         """The action module of one block on all streams; notes what each stream must remember in `after`."""
+        frames = x.shape[1]
         names = [f"{branch}.{what}" for branch in self.config.actions.branches for what in ("keys", "values")]
         held = {name: [state.tensors[f"{index}.{name}"] for state in actions.states] for name in names}
         lengths = [one.shape[-3] for one in held[names[0]]]
@@ -336,15 +338,14 @@ class MatrixGameDiT(CausalDiT):
         }
         seen = None
         if min(lengths) < longest:  # streams of different age: the younger are padded in front
-            age = torch.arange(longest, -x.shape[1], -1, device=x.device)  # latent frames before the chunk
+            age = torch.arange(longest, -frames, -1, device=x.device)  # latent frames before the chunk
             seen = age <= torch.tensor(lengths, device=x.device)[:, None]
         x, now = self.blocks[index].action_model(x, windows, past, seen)
         if actions.write:
             for name, value in now.items():
                 for row, length in enumerate(lengths):
-                    last = min(kept, length + windows.shape[1])
-                    new = value[row].narrow(-3, value.shape[-3] - last, last)
-                    after[row][f"{index}.{name}"] = new.clone()
+                    newest = min(kept, length + frames)
+                    after[row][f"{index}.{name}"] = value[row].narrow(-3, value.shape[-3] - newest, newest).clone()
         return x
 
     def _check(self, latents: Tensor, actions: Conditions) -> None:
