@@ -1,7 +1,7 @@
-"""TAEHV, a tiny decoder of Wan2.1's latents (madebyollin/taehv, taew2_1.pth): some fiftieth of the VAE's work.
+"""TAEHV, a tiny decoder of Wan2.1's latents (madebyollin/taehv, taew2_1.pth): a twenty-fifth of the VAE's work.
 
-A convolutional network over single frames, but for its memory blocks: each sees the frame before, too. A stream's state
-is that frame for each of them. The frames of a chunk go through together, in channels-last memory. Names are the file's.
+A convolutional network over single frames, but for its memory blocks, which see the frame before, too. A stream's
+state is that frame for each of them. The frames of a chunk go through together, channels-last. Names are the file's.
 """
 
 from __future__ import annotations
