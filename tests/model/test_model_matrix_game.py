@@ -108,10 +108,9 @@ class Streams:
         cross = [StreamsAttendText([layer[row] for row in rows]) for layer in self.prompts]
         level = torch.full((len(rows), self.chunk), SIGMA)
         out = self.model(torch.stack(latents).to(self.dtype), level, conditions, attend, cross)
-        if write:
-            for row, state in zip(rows, conditions.states, strict=True):
-                self.states[row] = state
-                self.starts[row] += self.chunk
+        for row, state in zip(rows, conditions.states, strict=True):
+            self.states[row] = state
+            self.starts[row] += self.chunk if write else 0
         return out
 
     def play(self, row: int = 0) -> Tensor:
