@@ -61,7 +61,7 @@ class UMT5Text:
         self._encoder: Any = None
         self._known: OrderedDict[str, Tensor] = OrderedDict()  # cleaned prompt -> [tokens, dim], oldest use first
 
-    @torch.inference_mode()
+    @torch.no_grad()
     def __call__(self, prompts: list[str]) -> Tensor:
         """[prompts, length, dim], zero beyond each prompt's tokens; longer prompts are cut off. Raises WeightsError."""
         texts = [self.clean(prompt) for prompt in prompts]
@@ -94,6 +94,9 @@ class UMT5Text:
         return self._encoder(ids, mask).last_hidden_state[0].to(self.dtype)
 
     def _load(self) -> Any:
+        log = self._library.utils.logging
+        bars = log.is_progress_bar_enabled()
+        log.disable_progress_bar()  # on a server's standard error
         try:
             encoder, report = self._library.UMT5EncoderModel.from_pretrained(
                 self._encoder_folder, dtype=self.dtype, use_safetensors=True, local_files_only=True,
@@ -101,6 +104,9 @@ class UMT5Text:
             )  # fmt: skip
         except (OSError, ValueError, RuntimeError, SafetensorError) as error:
             raise self._unreadable(error) from None
+        finally:
+            if bars:
+                log.enable_progress_bar()
         if missing := sorted(report["missing_keys"]):
             raise WeightsError(
                 f"text: {self._source} lacks {len(missing)} tensors: {'; '.join(missing[:8])}; allowed: {_ALLOWED}"

@@ -97,7 +97,8 @@ class _SafeTensors(Mapping[str, Tensor]):
 
 def _unreadable(path: Path, why: str) -> WeightsError:
     return WeightsError(
-        f"weights: cannot read {path} ({why}); allowed: a whole .safetensors file, or one of torch.save with tensors only"
+        f"weights: cannot read {path} ({why}); allowed: a whole .safetensors file, or one of torch.save (since 1.6) "
+        "with tensors only"
     )
 
 

@@ -16,6 +16,7 @@ from fastar_backend.model.wan_names import native
 
 DENSE = AttentionConfig(kind="dense")
 CHUNK = 3  # latent frames
+TOLERANCE = 1e-5  # largest error over largest value; 5e-7 is usual, and the other kind of GELU would be 5e-5
 SMALL = {"layers": 2, "text_dim": 20, "text_tokens": 7, "freq_dim": 32}
 # Two heads of Wan's 128 dimensions (44 of time, 42 and 42 of space), and as many as 14B has per 1.3B's; odd grids.
 SHAPES = {
@@ -97,7 +98,7 @@ def test_one_chunk_without_history(pair):
     streams = Streams(ours, text)
     streams.begin(0)
     got = streams.step(latents, sigma[:, None].expand(2, CHUNK))
-    assert error(got, run_theirs(theirs, latents, sigma * 1000, text)) < 1e-4
+    assert error(got, run_theirs(theirs, latents, sigma * 1000, text)) < TOLERANCE
 
 
 def test_a_timestep_for_each_frame(pair):
@@ -108,7 +109,7 @@ def test_a_timestep_for_each_frame(pair):
     streams.begin(0)
     by_token = (sigma * 1000).repeat_interleave(ours.config.frame_tokens, 1)
     want = run_theirs(theirs, latents, by_token, text)
-    assert error(streams.step(latents, sigma), want) < 1e-4
+    assert error(streams.step(latents, sigma), want) < TOLERANCE
     assert error(streams.step(latents, sigma.flip(1)), want) > 1e-2, "this test must not be blind to the timesteps"
 
 
@@ -149,7 +150,7 @@ def test_streamed_chunks_are_the_whole_block_causal_sequence(pair, chunks):
                 timestep = (levels * 1000).repeat_interleave(config.frame_tokens, 1)
                 want = run_theirs(theirs, whole, timestep, text)[:, here]
                 got = streams.step(latents, level, write=write)
-                assert error(got, want) < 1e-4, f"frames {here}, write {write}"
+                assert error(got, want) < TOLERANCE, f"frames {here}, write {write}"
     finally:
         for block, processor in zip(theirs.blocks, usual, strict=True):
             block.attn1.set_processor(processor)
@@ -179,4 +180,8 @@ def test_a_model_built_on_the_meta_device_has_its_rotary_tables():
     with torch.device("meta"):
         on_meta = CausalDiT(config)
     assert on_meta.head.head.weight.is_meta
-    torch.testing.assert_close(on_meta.space_cos, CausalDiT(config).space_cos, rtol=0, atol=0)
+    usual = CausalDiT(config)
+    for name in ("space_cos", "space_sin"):
+        table = getattr(usual, name)
+        assert table.device.type == "cpu"
+        assert getattr(on_meta, name).equal(table)
