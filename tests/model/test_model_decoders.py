@@ -17,7 +17,7 @@ from torch.nn import functional as F
 from fastar_backend.errors import WeightsError
 from fastar_backend.model.decoder import check_state, load_decoder, pixel_frames, state_bytes
 from fastar_backend.model.taehv import TinyDecoder
-from fastar_backend.model.wan_vae import MEAN, STD, CausalConv, State, WanDecoder, native_name
+from fastar_backend.model.wan_vae import MEAN, STD, CausalConv, ChannelNorm, State, WanDecoder, native_name
 
 CHUNKINGS = ([7], [3, 3, 1], [1] * 7, [2, 5])
 HEIGHT, WIDTH = 3, 5
@@ -173,6 +173,13 @@ def test_causal_convolution_is_a_padded_one(way, kernel, frames):
     want = F.conv3d(F.pad(x.transpose(0, 1)[None], (pad, pad, pad, pad, 2, 0)), conv.weight, conv.bias)
     assert error(conv(x, {}, after), want[0].transpose(0, 1)) < 1e-5
     assert after["it"].equal(torch.cat([torch.zeros(2, 5, 3, 4), x])[-2:])
+
+
+def test_norm_is_exact_for_small_features():
+    norm, x = shaken(ChannelNorm(6, 3)), 1e-5 * torch.randn(2, 6, 3, 4)
+    x[0, :, 0, 0] = 0
+    want = F.normalize(x, dim=1) * 6**0.5 * norm.gamma[..., 0]
+    assert error(norm(x), want) < 1e-5
 
 
 @pytest.fixture(scope="module")
