@@ -88,7 +88,7 @@ def test_an_embedding_does_not_depend_on_company(folder):
     ("prompt", "cleaned"),
     [
         ("  a\n\tmaze   of  ", "a maze of"),
-        ("&amp;quot; &lt;b&gt;", '" <b>'),
+        ("<b> &amp;quot; &lt;b&gt;", '<b> " <b>'),
         ("\u2018 \u201cmaze\u201d", '\' "maze"'),
         ("a mazeâ€™s hall", "a maze's hall"),
     ],
