@@ -22,8 +22,9 @@ MAY_IMPORT = {
     "fastar_backend.errors": (),
     "fastar_backend.config": ("errors",),
     "fastar_backend.model.layers": ("config", "errors"),
+    "fastar_backend.kernels": ("kernels",),
     "fastar_backend.attention.reference": (),  # shares no code, hence no mistake, with what it checks
-    "fastar_backend.attention": ("config", "errors", "model.layers", "attention"),
+    "fastar_backend.attention": ("config", "errors", "kernels", "model.layers", "attention"),
     "fastar_backend.model": ("config", "errors", "model"),
     "fastar_backend.engine": ("config", "errors", "attention", "model", "engine"),
     "fastar_backend.service": ("config", "errors", "engine", "service"),

@@ -1,19 +1,25 @@
-"""What a query may attend to: dense, window, FAST-AR; one cache per stream and layer, one interface (`FrameCache`)."""
+"""What a query may attend to: dense, window, FAST-AR; the caches of a stream (`make_caches`), one interface for each
+layer's."""
 
 from __future__ import annotations
 
+import torch
+
 from fastar_backend.attention.ann_ca import TextCache
 from fastar_backend.attention.cache import CacheShape, FrameCache
+from fastar_backend.attention.layers import Caches, CacheStats, PortableCaches, make_cache
 from fastar_backend.attention.temp_cache import TempCache
 from fastar_backend.config import AttentionConfig
 
-__all__ = ["CacheShape", "FrameCache", "TempCache", "TextCache", "make_cache"]
+__all__ = ["Caches", "CacheShape", "CacheStats", "FrameCache", "TempCache", "TextCache", "make_cache", "make_caches"]
 
 
-def make_cache(shape: CacheShape, config: AttentionConfig) -> FrameCache:
-    """The cache of one layer of one stream."""
-    if config.kind == "dense":
-        return FrameCache(shape)
-    if config.kind == "window":
-        return FrameCache(shape, config.budget_frames, config.sink_frames)
-    return TempCache(shape, config)
+def make_caches(shape: CacheShape, config: AttentionConfig, layers: int, portable: bool = False) -> Caches:
+    """All layers' caches of one stream: by kernels on a GPU in half precision where those know the setting, else (or if
+    `portable`) in plain PyTorch."""
+    if not portable and shape.device.type == "cuda" and shape.dtype in (torch.bfloat16, torch.float16):
+        from fastar_backend.attention import flat_cache  # Triton comes with PyTorch for CUDA only
+
+        if flat_cache.supports(shape, config):
+            return flat_cache.FlatCaches(shape, config, layers)
+    return PortableCaches(shape, config, layers)

@@ -18,7 +18,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from fastar_backend.attention import CacheShape, make_cache
+from fastar_backend.attention import CacheShape, make_caches
 from fastar_backend.attention.batch import StreamsAttend, StreamsAttendText
 from fastar_backend.config import AttentionConfig
 from fastar_backend.engine.snapshot import Snapshot, fingerprint
@@ -105,7 +105,7 @@ class StreamEngine:
         attention = options.attention or self.attention
         if attention.kind == "dense" or options.measure_recall:
             return self.stream_bytes
-        return self.world.config.model.layers * make_cache(self.shape, attention).nbytes
+        return make_caches(self.shape, attention, self.world.config.model.layers).nbytes
 
     @torch.inference_mode()
     def costs(self, sizes: Sequence[int], steps: int = 3) -> dict[int, float]:
@@ -342,6 +342,8 @@ class StreamEngine:
         level = self.world.config.sampler.context_noise
         x = (1 - level) * x0 + level * self._noise(streams) if level else x0
         self._forward(streams, x, level, actions, progress=1.0, write=True)
+        for stream in streams:
+            stream.caches.commit()
 
     def decode(self, x0: Tensor) -> Tensor:
         """Latents [streams, latent frames, C, h, w] -> uint8 [streams, frames, height, width, 3] on the CPU."""
@@ -367,18 +369,18 @@ class StreamEngine:
         return self.world.dit(x, level, actions, attend, cross)
 
     def _finish(self, stream: Stream, frames: int, seconds: float, batch: int, prompt_applied: bool) -> ChunkStats:
-        caches, mean = stream.caches, lambda values: sum(values) / len(stream.caches)
+        caches = stream.caches.stats()
         recall = [probe.recall for probe in stream.probes if probe is not None]
         stats = ChunkStats(
             chunk=stream.chunk,
             first_frame=stream.frame,
             frames=frames,
-            cache_tokens=mean(cache.tokens for cache in caches),
+            cache_tokens=caches.tokens,
             cache_bytes=stream.cache_bytes,
-            density=sum(cache.executed for cache in caches) / sum(cache.possible for cache in caches),
+            density=caches.executed / caches.possible,
             recall=sum(recall) / len(recall) if recall else None,
-            merged_tokens=mean(getattr(cache, "merged", 0.0) for cache in caches),
-            text_tokens=mean(text.kept for text in stream.text),
+            merged_tokens=caches.merged,
+            text_tokens=sum(text.kept for text in stream.text) / len(stream.text),
             step_seconds=seconds,
             batch=batch,
             prompt_applied=prompt_applied,

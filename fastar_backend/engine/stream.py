@@ -12,7 +12,7 @@ import torch
 from pydantic import Field
 from torch import Tensor
 
-from fastar_backend.attention import CacheShape, TextCache, make_cache
+from fastar_backend.attention import CacheShape, TextCache, make_caches
 from fastar_backend.attention.recall import RecallProbe
 from fastar_backend.config import AttentionConfig, Config
 from fastar_backend.model.world import World
@@ -77,7 +77,7 @@ class Stream:
 
     def __init__(self, world: World, shape: CacheShape, prompt: str, options: StreamOptions,
                  attention: AttentionConfig) -> None:  # fmt: skip
-        self._prepare(world, shape, attention)
+        self._prepare(world, shape, attention, portable=options.measure_recall)  # probes look into portable caches
         self.probes = [RecallProbe(shape, cache) if options.measure_recall else None for cache in self.caches]
         self.noise.manual_seed(options.seed)
         # The embedded prompt [text tokens, text_dim]: in effect, at the end of a blend, at its beginning.
@@ -85,10 +85,10 @@ class Stream:
         self._remember_prompt()
         self.start = world.find_start(options.start, prompt)  # None once its frames are in the caches
 
-    def _prepare(self, world: World, shape: CacheShape, attention: AttentionConfig) -> None:
+    def _prepare(self, world: World, shape: CacheShape, attention: AttentionConfig, portable: bool = False) -> None:
         self.world, self.attention = world, attention
         self.noise = torch.Generator()  # on the CPU: the same video on every device
-        self.caches = [make_cache(shape, attention) for _ in range(world.config.model.layers)]
+        self.caches = make_caches(shape, attention, world.config.model.layers, portable)
         self.probes: list[RecallProbe | None] = [None] * len(self.caches)
         self.text: list[TextCache] = []
         self.latent_frame = 0  # of the next chunk; counts the start's frames too
@@ -120,8 +120,7 @@ class Stream:
     def set_density(self, density: float) -> None:
         """AnnSA: the share of cached keys that a query attends to (fastar attention only)."""
         self.attention = self.attention.model_copy(update={"sparse_density": density})
-        for cache in self.caches:
-            cache.config = self.attention
+        self.caches.configure(self.attention)
 
     def draw(self, like: tuple[int, ...]) -> Tensor:
         """Standard normal noise from the stream's own generator, on the CPU."""
@@ -132,22 +131,22 @@ class Stream:
         self.begin_caches()
 
     def begin_caches(self) -> None:
-        for cache, probe in zip(self.caches, self.probes, strict=True):
-            cache.begin(self.latent_frame)
+        self.caches.begin(self.latent_frame)
+        for probe in self.probes:
             if probe is not None:
                 probe.begin(self.latent_frame)
 
     @property
     def cache_bytes(self) -> int:
         """Keys, values and their bookkeeping, recall probes' history included."""
-        return sum(cache.nbytes for cache in self.caches) + sum(p.history.nbytes for p in self.probes if p is not None)
+        return self.caches.nbytes + sum(probe.history.nbytes for probe in self.probes if probe is not None)
 
     def fork(self) -> Stream:
         """A stream in the same state. Caches are shared until one side begins its next chunk. Not with probes."""
         twin = copy.copy(self)
         twin.noise = torch.Generator()
         twin.noise.set_state(self.noise.get_state())
-        twin.caches = [cache.fork() for cache in self.caches]
+        twin.caches = self.caches.fork()
         twin.text = [copy.copy(text) for text in self.text]
         twin.stepped = time.monotonic()
         return twin
@@ -156,13 +155,10 @@ class Stream:
         """Numbers (JSON) and tensors from which `from_state` makes this stream again. The tensors are views that
         nobody will write to."""
         numbers = {name: getattr(self, name) for name in self.NUMBERS}
-        numbers |= {"attention": self.attention.model_dump(), "caches": []}
         tensors = {name: getattr(self, name).clone() for name in self.TENSORS} | {"noise": self.noise.get_state()}
-        for layer, cache in enumerate(self.caches):
-            own, values = cache.state()
-            numbers["caches"].append(own)
-            tensors |= {f"{layer}.{name}": value for name, value in values.items()}
-        return numbers, tensors
+        own, values = self.caches.state()
+        numbers |= {"attention": self.attention.model_dump(), "caches": own}
+        return numbers, tensors | values
 
     @classmethod
     def from_state(cls, world: World, shape: CacheShape, numbers: dict[str, Any], tensors: dict[str, Tensor]) -> Stream:
@@ -179,9 +175,6 @@ class Stream:
                 raise ValueError(f"{name} is {tensors[name].dtype} {list(tensors[name].shape)}")
             setattr(stream, name, tensors[name].to(like.device))
         stream.noise.set_state(tensors["noise"])
-        for layer, cache in enumerate(stream.caches):
-            prefix = f"{layer}."
-            own = {key.removeprefix(prefix): value for key, value in tensors.items() if key.startswith(prefix)}
-            cache.load(numbers["caches"][layer], own)
+        stream.caches.load(numbers["caches"], tensors)
         stream._remember_prompt()
         return stream

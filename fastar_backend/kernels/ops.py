@@ -9,6 +9,7 @@ import dataclasses
 import torch
 import triton
 from torch import Tensor
+from torch.nn import functional as F
 
 from fastar_backend.kernels.attend.kernel import attend_kernel
 from fastar_backend.kernels.mass.kernel import mass_kernel
@@ -29,11 +30,16 @@ class Tiles:
     stages: int
 
 
-def tiles(dtype: torch.dtype, dim: int) -> Tiles:
-    """What measured best on Hopper (benchmarks/kernels.py): 128 x 128 fills a multiprocessor's registers at bf16."""
+def tiles(dtype: torch.dtype) -> Tiles:
+    """What measured best on Hopper (benchmarks/kernels.py)."""
     if dtype.itemsize > 2:
         return Tiles(32, 32, 4, 1)
-    return Tiles(128, 64 if dim > 128 else 128, 8, 2)
+    return Tiles(128, 64, 8, 3)
+
+
+def sparse_tiles(dtype: torch.dtype) -> Tiles:
+    """Likewise, for `selection`."""
+    return Tiles(32, KEY_BLOCK, 4, 1) if dtype.itemsize > 2 else Tiles(64, KEY_BLOCK, 4, 3)
 
 
 def precision(dtype: torch.dtype) -> str:
@@ -46,20 +52,21 @@ def attend(query: Tensor, key: Tensor, value: Tensor, bias: Tensor, first: Tenso
     """softmax(q k / sqrt(d) + bias) v over keys first[head]..stop; the bias holds below `memory`, and is -inf below
     first[head].
 
-    query: [queries, heads, dim], dim a power of two; key, value: [heads, rows, dim], rows adjacent; bias: float32 [heads, >=
-    memory (selection: stop)]; first: int32 [heads]; selection: (order int [heads, queries], counts int32 [heads, query
-    blocks], blocks int32 [heads, query blocks, most] of KEY_BLOCK keys each); lse: float32 [heads, queries], written.
+    query: [queries, heads, dim], dim a power of two; key, value: [heads, rows, dim], rows adjacent; bias: float32
+    [heads, >= memory]; first: int32 [heads]; selection: (order int [heads, queries], counts int32 [heads, query
+    blocks], blocks int32 [heads, query blocks, most] of KEY_BLOCK keys; query blocks of `sparse_tiles`): then
+    rows up to the end of the last block are finite, and the bias there is -inf; lse: float32 [heads, queries], written.
     Returns [queries, heads, dim], contiguous."""
     queries, heads, dim = query.shape
-    tile = tile or tiles(query.dtype, dim)
+    tile = tile or (tiles if selection is None else sparse_tiles)(query.dtype)
     columns = tile.keys if selection is None else KEY_BLOCK
     out = torch.empty(queries, heads, dim, device=query.device, dtype=query.dtype)
     order, counts, blocks = selection or (first, first, first)
     grid = (triton.cdiv(queries, tile.queries), heads)
     attend_kernel[grid](
         query, key, value, bias, first, order, counts, blocks,
-        queries, memory, stop, blocks.shape[-1], dim**-0.5, query.stride(0), query.stride(1), key.stride(0), bias.stride(0),
-        out.stride(0), out.stride(1),
+        queries, memory, stop, blocks.shape[-1], dim**-0.5, query.stride(0), query.stride(1), key.stride(0),
+        bias.stride(0), out.stride(0), out.stride(1),
         out, first if lse is None else lse,
         D=dim, BLOCK_M=tile.queries, BLOCK_N=columns, SPARSE=selection is not None, LSE=lse is not None,
         PRECISION=precision(query.dtype), num_warps=tile.warps, num_stages=tile.stages,
@@ -82,31 +89,27 @@ def mass(query: Tensor, key: Tensor, bias: Tensor, lse: Tensor, stride: int, mem
     return out
 
 
-def quantise(x: Tensor) -> tuple[Tensor, Tensor]:
-    """Unit vectors of x [..., dim] as int8 codes and a float32 scale a row: x / |x| is about code * scale."""
-    length = x.float().square().sum(-1).clamp(min=1e-24).sqrt()
-    scale = x.abs().amax(-1).float().clamp(min=1e-24) / 127
-    return (x.float() / scale[..., None]).round().to(torch.int8), scale / length
+def quantise(x: Tensor) -> Tensor:
+    """Unit vectors of x [..., dim] as int8 codes, 127 long: the product of two is their cosine * 16129, to about .005."""
+    return (127 * F.normalize(x.float(), dim=-1)).round().to(torch.int8)
 
 
-def nearest(
-    probe: Tensor, probe_scale: Tensor, code: Tensor, code_scale: Tensor, first: Tensor
-) -> tuple[Tensor, Tensor]:
-    """(similarity float32, slot int32; both [heads, probes]) of the held slot (first[head]..) nearest to each probe by
-    cosine; -inf and -1 where none is held. probe, code: int8 [heads, n, dim] from `quantise`."""
+def nearest(probe: Tensor, code: Tensor, first: Tensor) -> tuple[Tensor, Tensor]:
+    """(cosine float32, slot int32; both [heads, probes]) of the held slot (first[head]..) nearest to each probe; -1 and -1
+    where none is held. probe, code: int8 [heads, n, dim] from `quantise`."""
     heads, probes, dim = probe.shape
     similarity = torch.empty(heads, probes, device=probe.device, dtype=torch.float32)
     match = torch.empty(heads, probes, device=probe.device, dtype=torch.int32)
     nearest_kernel[(triton.cdiv(probes, 128), heads)](
-        probe, probe_scale, code, code_scale, first, probes, code.shape[1], similarity, match,
-        D=dim, BLOCK_M=128, BLOCK_N=128, num_warps=8, num_stages=2,
+        probe, code, first, probes, code.shape[1], similarity, match,
+        D=dim, BLOCK_M=128, BLOCK_N=64, num_warps=8, num_stages=3,
     )  # fmt: skip
     return similarity, match
 
 
 def turn(source: Tensor, turns: Tensor, cos: Tensor, sin: Tensor, frame_tokens: int, out: Tensor) -> None:
-    """out = source, both [tokens, heads, dim] of any strides and not the same memory, with token t turned in time by line
-    turns[t // frame_tokens] of cos and sin (float32 [lines, time dims / 2])."""
+    """out = source, both [tokens, heads, dim] of any strides, with token t turned in time by line turns[t // frame_tokens]
+    (int32) of cos and sin (float32 [lines, time dims / 2])."""
     tokens, heads, dim = source.shape
     turn_kernel[(triton.cdiv(tokens, 32), heads)](
         source, turns, cos, sin,
@@ -118,38 +121,38 @@ def turn(source: Tensor, turns: Tensor, cos: Tensor, sin: Tensor, frame_tokens: 
 
 @dataclasses.dataclass(frozen=True)
 class Groups:
-    """Rows of a cache or of what goes into it. key, value: [heads, rows, dim]; code: int8 [heads, rows, dim]; scale, count,
+    """Rows of a cache or of what goes into it. key, value: [heads, rows, dim]; code: int8 [heads, rows, dim]; count,
     usage: float32 [heads, rows]."""
 
     key: Tensor
     value: Tensor
     code: Tensor
-    scale: Tensor
     count: Tensor
     usage: Tensor
 
     @property
-    def outputs(self) -> tuple[Tensor, ...]:
-        return self.key, self.value, self.code, self.scale, self.count, self.usage
+    def tensors(self) -> tuple[Tensor, ...]:
+        return self.key, self.value, self.code, self.count, self.usage
 
 
 def place(groups: Groups, slot: Tensor, newcomer: Tensor, replace: Tensor, new: Groups) -> None:
-    """Row newcomer of `new` founds a group of one in `slot`, where `replace`; all three [heads, pairs], replace bool."""
+    """Row newcomer of `new` founds a group of one in `slot`, where `replace`; all [heads, pairs], replace bool."""
     heads, pairs = slot.shape
     place_kernel[(pairs, heads)](
-        slot, newcomer, replace.to(torch.int8), new.key, new.value, new.code, new.scale, new.usage,
-        pairs, new.key.shape[1], groups.count.shape[1], new.value.stride(0), groups.key.stride(0), groups.usage.stride(0),
-        *groups.outputs, D=new.key.shape[2], num_warps=1,
+        slot, newcomer, replace.to(torch.int8), new.key, new.value, new.code, new.usage,
+        pairs, new.key.shape[1], groups.count.shape[1], new.value.stride(0), groups.key.stride(0),
+        groups.usage.stride(0),
+        *groups.tensors, D=new.key.shape[2], num_warps=1,
     )  # fmt: skip
 
 
 def merge(groups: Groups, target: Tensor, new: Groups, renew: bool) -> None:
-    """Adds row t of `new` to the group in slot target[head, t] (int32; as many as there are slots: nowhere): counts and usage
-    grow, the value becomes the mean. renew: keys and codes become the last member's."""
+    """Adds row t of `new` to the group in slot target[head, t] (int32; as many as there are slots: nowhere): counts and
+    usage grow, the value becomes the mean. renew: keys and codes become the last member's."""
     heads, tokens = target.shape
     ascending, order = target.sort(dim=-1, stable=True)
     merge_kernel[(tokens, heads)](
-        ascending, order.int(), new.count, new.usage, new.value, new.key, new.code, new.scale,
+        ascending, order.int(), new.count, new.usage, new.value, new.key, new.code,
         tokens, groups.count.shape[1], new.value.stride(0), groups.key.stride(0), groups.usage.stride(0),
-        *groups.outputs, D=new.value.shape[2], RENEW=renew, num_warps=1,
+        *groups.tensors, D=new.value.shape[2], RENEW=renew, num_warps=1,
     )  # fmt: skip

@@ -23,11 +23,12 @@ class RMSNorm(nn.Module):
 
 
 def sinusoidal_embedding(positions: Tensor, dim: int) -> Tensor:
-    """[..., dim] float32: cos then sin of position * 10000^(-i / (dim / 2)) (Wan's `sinusoidal_embedding_1d`)."""
+    """[..., dim] float32: cos then sin of position * 10000^(-i / (dim / 2)) (Wan's `sinusoidal_embedding_1d`; the angles, up
+    to 1000, in float64 as there)."""
     half = dim // 2
-    rates = torch.exp(-math.log(10000.0) * torch.arange(half, device=positions.device, dtype=torch.float32) / half)
-    angles = positions.float()[..., None] * rates
-    return torch.cat([angles.cos(), angles.sin()], dim=-1)
+    rates = torch.exp(-math.log(10000.0) * torch.arange(half, device=positions.device, dtype=torch.float64) / half)
+    angles = positions.double()[..., None] * rates
+    return torch.cat([angles.cos(), angles.sin()], dim=-1).float()
 
 
 def rope_rates(dim: int, theta: float) -> Tensor:

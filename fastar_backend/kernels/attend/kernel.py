@@ -15,8 +15,7 @@ import triton.language as tl
 def _visit(acc, total, peak, q, key, value, bias, column, limit, stop, scale,
            D: tl.constexpr, BIAS: tl.constexpr, MASK: tl.constexpr, PRECISION: tl.constexpr):  # fmt: skip
     """One key block: rows `column` of key and value. Running softmax in base 2."""
-    dims = tl.arange(0, D)
-    rows = column.to(tl.int64)[:, None] * D + dims[None, :]
+    rows = column[:, None] * D + tl.arange(0, D)[None, :]
     if MASK:
         inside = column < stop
         k = tl.load(key + rows, mask=inside[:, None], other=0.0)
@@ -24,18 +23,20 @@ def _visit(acc, total, peak, q, key, value, bias, column, limit, stop, scale,
     else:
         k = tl.load(key + rows)
         v = tl.load(value + rows)
-    logits = tl.dot(q, tl.trans(k), input_precision=PRECISION) * scale
-    if BIAS:
-        b = tl.load(bias + column, mask=column < limit, other=-float("inf")) * 1.4426950408889634
-        logits += b[None, :]
+    logits = tl.dot(q, tl.trans(k), input_precision=PRECISION)
     if MASK:
         logits = tl.where(inside[None, :], logits, -float("inf"))
-    new = tl.maximum(peak, tl.max(logits, 1))
-    p = tl.exp2(logits - new[:, None])
+    if BIAS:
+        b = tl.load(bias + column, mask=column < limit, other=-float("inf")) * 1.4426950408889634
+        logits = logits * scale + b[None, :]
+        new = tl.maximum(peak, tl.max(logits, 1))
+        p = tl.exp2(logits - new[:, None])
+    else:
+        new = tl.maximum(peak, tl.max(logits, 1) * scale)
+        p = tl.exp2(logits * scale - new[:, None])
     shrink = tl.exp2(peak - new)
     total = total * shrink + tl.sum(p, 1)
-    acc = acc * shrink[:, None]
-    acc = tl.dot(p.to(v.dtype), v, acc, input_precision=PRECISION)
+    acc = tl.dot(p.to(v.dtype), v, acc * shrink[:, None], input_precision=PRECISION)
     return acc, total, new
 
 
@@ -47,9 +48,10 @@ def attend_kernel(
     D: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, SPARSE: tl.constexpr, LSE: tl.constexpr,
     PRECISION: tl.constexpr,
 ):  # fmt: skip
-    """query: rows of D at [row * query_row + head * query_head], out likewise; key, value: [head, rows, D] with rows adjacent and
-    heads `key_head` apart; bias: [head, columns]; first: [heads]; order: [heads, queries]; counts: [heads, query
-    blocks]; blocks: [heads, query blocks, most]; lse: [heads, queries]."""
+    """query: rows of D at [row * query_row + head * query_head], out likewise; key, value: [head, rows, D] with
+    rows adjacent and heads `key_head` apart; bias: [head, columns]; first: [heads]; order: [heads, queries]; counts: [heads, query
+    blocks]; blocks: [heads, query blocks, most]; lse: [heads, queries]. A head's rows * D fit 32 bits. SPARSE: rows and
+    bias exist up to the end of the last block; beyond `stop` the rows are finite and the bias is -inf."""
     block, head = tl.program_id(0), tl.program_id(1)
     lines = block * BLOCK_M + tl.arange(0, BLOCK_M)
     valid = lines < queries
@@ -73,7 +75,7 @@ def attend_kernel(
         for index in range(0, count):
             column = tl.load(blocks + index) * BLOCK_N + step
             acc, total, peak = _visit(acc, total, peak, q, key, value, bias, column, stop, stop, scale,
-                                      D, True, True, PRECISION)  # fmt: skip
+                                      D, True, False, PRECISION)  # fmt: skip
     else:
         begin = tl.load(first + head) // BLOCK_N * BLOCK_N
         for start in range(begin, memory // BLOCK_N * BLOCK_N, BLOCK_N):

@@ -7,7 +7,8 @@ from torch import Tensor
 
 
 def mass(query: Tensor, key: Tensor, bias: Tensor, lse: Tensor, stride: int, memory: int, stop: int) -> Tensor:
-    """query: [queries, heads, dim]; key: [heads, rows, dim]; bias: [heads, rows]; lse: [heads, queries] -> [heads, stop]."""
+    """query: [queries, heads, dim]; key: [heads, rows, dim]; bias: [heads, rows]; lse: [heads, queries] -> [heads,
+    stop]."""
     result = torch.zeros(query.shape[1], stop, dtype=torch.float64)
     lines = range(0, query.shape[0], stride)
     for head in range(query.shape[1]):

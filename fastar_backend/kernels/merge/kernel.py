@@ -9,14 +9,14 @@ import triton.language as tl
 
 @triton.jit
 def place_kernel(
-    slot, newcomer, replace, new_key, new_value, new_code, new_scale, new_usage,
+    slot, newcomer, replace, new_key, new_value, new_code, new_usage,
     pairs, tokens, slots, new_value_head, key_head, usage_head,
-    key, value, code, scale, count, usage,
+    key, value, code, count, usage,
     D: tl.constexpr,
 ):  # fmt: skip
     """Where replace [heads, pairs], token newcomer [heads, pairs] founds a group of one in slot [heads, pairs]. new_*:
-    [heads, tokens(, D)], values with heads `new_value_head` apart; key, value: [heads, rows, D], heads `key_head` apart;
-    code, scale, count: [heads, slots(, D)]; usage: heads `usage_head` apart."""
+    [heads, tokens(, D)], values with heads `new_value_head` apart; key, value: [heads, rows, D], heads `key_head`
+    apart; code, count: [heads, slots(, D)]; usage: heads `usage_head` apart."""
     pair, head = tl.program_id(0), tl.program_id(1).to(tl.int64)
     at = head * pairs + pair
     if tl.load(replace + at) != 0:
@@ -28,21 +28,20 @@ def place_kernel(
             value + head * key_head + to * D + dims, tl.load(new_value + head * new_value_head + source * D + dims)
         )
         tl.store(code + (head * slots + to) * D + dims, tl.load(new_code + row * D + dims))
-        tl.store(scale + head * slots + to, tl.load(new_scale + row))
         tl.store(usage + head * usage_head + to, tl.load(new_usage + row))
         tl.store(count + head * slots + to, 1.0)
 
 
 @triton.jit
 def merge_kernel(
-    target, order, new_count, new_usage, new_value, new_key, new_code, new_scale,
+    target, order, new_count, new_usage, new_value, new_key, new_code,
     tokens, slots, new_value_head, key_head, usage_head,
-    key, value, code, scale, count, usage,
+    key, value, code, count, usage,
     D: tl.constexpr, RENEW: tl.constexpr,
 ):  # fmt: skip
     """target: int32 [heads, tokens], ascending; entry p is token order[p], which goes into slot target[p] (`slots`:
-    nowhere). count grows by new_count, usage by new_usage, value becomes the mean by count. RENEW: the group's key and code become
-    those of its last member (the paper's representative). Layouts as in `place_kernel`."""
+    nowhere). count grows by new_count, usage by new_usage, value becomes the mean by count. RENEW: the group's key and
+    code become those of its last member (the paper's representative). Layouts as in `place_kernel`."""
     entry, head = tl.program_id(0), tl.program_id(1).to(tl.int64)
     base = head * tokens
     to = tl.load(target + base + entry)
@@ -72,4 +71,3 @@ def merge_kernel(
         if RENEW:
             tl.store(key + head * key_head + place * D + dims, tl.load(new_key + last * D + dims))
             tl.store(code + own * D + dims, tl.load(new_code + last * D + dims))
-            tl.store(scale + own, tl.load(new_scale + last))

@@ -1,5 +1,5 @@
 """What `place_kernel` and `merge_kernel` compute, in plain loops and float64. State and entries are dicts of tensors:
-key, value, code [heads, rows, dim], scale, count, usage [heads, rows]."""
+key, value, code [heads, rows, dim], count, usage [heads, rows]."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ def place(state: State, slot: Tensor, newcomer: Tensor, replace: Tensor, new: St
         for pair in range(slot.shape[1]):
             if replace[head, pair]:
                 to, source = int(slot[head, pair]), int(newcomer[head, pair])
-                for name in ("key", "value", "code", "scale", "usage"):
+                for name in ("key", "value", "code", "usage"):
                     result[name][head, to] = new[name][head, source]
                 result["count"][head, to] = 1
     return result
@@ -35,6 +35,6 @@ def merge(state: State, target: Tensor, new: State, renew: bool) -> State:
             result["count"][head, to] += plus
             result["usage"][head, to] += new["usage"][head, token]
             if renew:
-                for name in ("key", "code", "scale"):
+                for name in ("key", "code"):
                     result[name][head, to] = new[name][head, token]
     return result

@@ -1,0 +1,293 @@
+"""TempCache and the sliding window on a GPU: all layers of a stream in one set of tensors of constant shape, by kernels.
+
+The same law as `temp_cache`, laid out for a device that must never be waited for: no size depends on data, the layers are
+merged together once a chunk (`commit`), and a chunk's keys go straight to their place (`FlatLayer.attend`). Two things
+are decided otherwise. Groups sit at the clamp's temporal distance for ever, also where the newest frames are fewer than
+it: all members of a group then share one position, so the log-count law is exact, and no group is ever turned again. And
+similarity is what int8 codes see of it (to about .005).
+
+Rows of the tensors: [memory slots, filled from the last one backwards | places of whole latent frames]. The first places
+are the sinks', the others a ring of the newest frames and the chunk.
+"""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Iterator
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from fastar_backend.attention.cache import CacheShape
+from fastar_backend.attention.flat_select import select
+from fastar_backend.attention.layers import CacheStats
+from fastar_backend.attention.temp_cache import USAGE_DECAY
+from fastar_backend.config import AttentionConfig
+from fastar_backend.kernels import ops
+from fastar_backend.model.layers import time_turns
+
+SAMPLED_QUERIES = 192  # of a chunk, at least, to measure which keys are used
+TOGETHER = 128  # heads that are merged at a time: bounds the temporary tensors
+
+
+def supports(shape: CacheShape, config: AttentionConfig) -> bool:
+    """Whether these caches can do what is asked; else the portable ones must."""
+    chunk, recent = shape.chunk_frames, newest(config)
+    whole = config.sink_frames % chunk == 0 and recent % chunk == 0 and recent > 0
+    plain = config.weight != "effective" and config.representative == "last" and config.match == "key"
+    power = shape.head_dim & (shape.head_dim - 1) == 0 and shape.head_dim >= 16
+    return power and whole and (config.kind == "window" or (config.kind == "fastar" and plain and config.index != "lsh"))
+
+
+def newest(config: AttentionConfig) -> int:
+    """Latent frames that stay whole."""
+    return config.recent_frames if config.kind == "fastar" else config.budget_frames - config.sink_frames
+
+
+class FlatCaches:
+    """`Caches` of one stream."""
+
+    TENSORS = ("keys", "values", "origin", "usage", "count", "code", "first", "merged")
+
+    def __init__(self, shape: CacheShape, config: AttentionConfig, layers: int) -> None:
+        self.shape, self.config = shape, config
+        size, heads = shape.frame_tokens, layers * shape.heads
+        self.slots = (config.budget_frames - config.sink_frames - newest(config)) * size
+        self.places = config.sink_frames + newest(config) + shape.chunk_frames
+        rows = self.slots + self.places * size
+        rows += -rows % ops.KEY_BLOCK
+        on = {"device": shape.device, "dtype": shape.dtype}
+        self.keys, self.values = (torch.zeros(heads, rows, shape.head_dim, **on) for _ in range(2))
+        # The frames' keys at their place in their own chunk: always turned from here, so that no rounding piles up.
+        self.origin = torch.zeros(heads, self.places * size, shape.head_dim, **on)
+        floats = {"device": shape.device, "dtype": torch.float32}
+        self.usage = torch.zeros(heads, rows, **floats)
+        self.count = torch.zeros(heads, self.slots, **floats)
+        self.code = torch.zeros(heads, self.slots, shape.head_dim, device=shape.device, dtype=torch.int8)
+        self.first = torch.full((heads,), self.slots, device=shape.device, dtype=torch.int32)  # where groups begin
+        self.merged = torch.zeros((), **floats)
+        self.bias = torch.full((heads, rows), -torch.inf, **floats)
+        self.times: list[int] = []  # latent frame index of each place that is filled
+        self.own = 0  # the chunk's first place
+        self.start = self.history_frames = 0
+        self.shared = False
+        self.layers = [FlatLayer(self, layer) for layer in range(layers)]
+        self.span = shape.reach + shape.chunk_frames
+        turns = time_turns(shape.rope_split[0], shape.rope_theta, self.span, torch.device("cpu"), torch.float32)
+        self.cos, self.sin = (part.contiguous().to(shape.device) for part in (turns.real, turns.imag))
+        self.in_chunk = self._lines(range(shape.chunk_frames))
+        self._reset()
+
+    def __iter__(self) -> Iterator[FlatLayer]:
+        return iter(self.layers)
+
+    def __getitem__(self, layer: int) -> FlatLayer:
+        return self.layers[layer]
+
+    def __len__(self) -> int:
+        return len(self.layers)
+
+    @property
+    def nbytes(self) -> int:
+        return self.bias.nbytes + sum(getattr(self, name).nbytes for name in self.TENSORS)
+
+    @property
+    def own_rows(self) -> slice:
+        """The chunk's rows in keys and values."""
+        start = self.slots + self.own * self.shape.frame_tokens
+        return slice(start, start + self.shape.chunk_tokens)
+
+    @property
+    def stop(self) -> int:
+        """One past the last used row."""
+        return self.slots + max(len(self.times), self.own + self.shape.chunk_frames) * self.shape.frame_tokens
+
+    def _lines(self, positions: Any) -> Tensor:
+        """Lines of the table of turns, int32."""
+        return torch.tensor([position + self.span for position in positions], dtype=torch.int32, device=self.keys.device)
+
+    def _reset(self) -> None:
+        self.dense_calls = self.sparse_calls = self.seen = 0
+        self.sparse_pairs = torch.zeros((), device=self.shape.device)
+        self.used = self.slots - self.first.float().mean()
+
+    def begin(self, start: int) -> None:
+        shape = self.shape
+        self._own()
+        self.start = start
+        if self.times:
+            lines = self._lines(
+                max(time - start, -shape.reach) - place % shape.chunk_frames for place, time in enumerate(self.times)
+            )
+            there = len(self.times) * shape.frame_tokens
+            out = self.keys[:, self.slots : self.slots + there].transpose(0, 1)
+            ops.turn(self.origin[:, :there].transpose(0, 1), lines, self.cos, self.sin, shape.frame_tokens, out)
+        weight = self.count.log()
+        if self.config.kind == "fastar" and self.config.weight == "none":
+            weight = torch.where(self.count > 0, 0.0, -torch.inf)
+        self.bias[:, : self.slots] = weight
+        self.bias[:, self.slots : self.stop] = 0.0
+        self.bias[:, self.stop :] = -torch.inf
+        for layer in self.layers:
+            layer.selection = None
+        self._reset()
+
+    def commit(self) -> None:
+        """Takes the chunk in; the frames that leave the newest are merged, one after the other."""
+        chunk, sinks = self.shape.chunk_frames, self.config.sink_frames
+        fresh = [self.start + index for index in range(chunk)]
+        self.times[self.own : self.own + chunk] = fresh
+        self.history_frames += chunk
+        following = self.own + chunk
+        self.own = following if following < self.places else sinks
+        if len(self.times) == self.places:  # the ring is full: its oldest chunk is where the next one goes
+            for place in range(self.own, self.own + chunk if self.slots else self.own):
+                for first in range(0, len(self.keys), TOGETHER):
+                    self._merge(slice(first, first + TOGETHER), place)
+
+    def _merge(self, heads: slice, place: int) -> None:
+        """The frame at `place` goes into the memory. Same steps as `TempCache._merge`, none of which waits."""
+        shape, size, slots = self.shape, self.shape.frame_tokens, self.slots
+        source = self.origin[heads, place * size : (place + 1) * size]
+        rows = slice(slots + place * size, slots + (place + 1) * size)
+        key = torch.empty_like(source)
+        far = self._lines([-shape.reach - place % shape.chunk_frames])
+        ops.turn(source.transpose(0, 1), far, self.cos, self.sin, size, key.transpose(0, 1))
+        usage, code, first = self.usage[heads, rows].contiguous(), ops.quantise(key), self.first[heads]
+        held = ops.Groups(self.keys[heads], self.values[heads], self.code[heads], self.count[heads], self.usage[heads])
+        new = ops.Groups(key, self.values[heads, rows], code, torch.ones_like(usage), usage)
+        similarity, match = ops.nearest(code, held.code, first)
+        joins = similarity > self.config.merge_threshold
+        # Newcomers that join no group: the most used of them replace free slots, then the least used groups.
+        worth, newcomer = usage.masked_fill(joins, -2.0).sort(-1, descending=True)
+        full, index = held.count > 0, match.clamp(min=0).long()
+        taken = torch.zeros_like(held.count).scatter_add_(1, index, joins.float()) > 0
+        price = torch.where(full, held.usage[:, :slots], -1.0).masked_fill(taken, torch.inf)
+        backwards = -1 - torch.arange(slots, device=price.device) / slots
+        slot = torch.where(full, price, backwards).topk(size, largest=False).indices
+        replace = worth > price.gather(1, slot)
+        evicts = replace & full.gather(1, slot)
+        lost = evicts | ~(replace | joins.gather(1, newcomer))
+        loser = ops.Groups(
+            key,  # not looked at: whoever is folded in does not change its group's key
+            torch.where(evicts[..., None], _rows(held.value, slot), _rows(new.value, newcomer)),
+            torch.where(evicts[..., None], _rows(held.code, slot), _rows(code, newcomer)),
+            torch.where(evicts, held.count.gather(1, slot), 1.0),
+            torch.where(evicts, held.usage.gather(1, slot), usage.gather(1, newcomer)),
+        )
+        ops.place(held, slot, newcomer, replace, new)
+        ops.merge(held, torch.where(joins, match, slots), new, renew=True)
+        first.copy_(slots - (held.count > 0).sum(-1))
+        gone = joins.sum()
+        if self.config.overflow == "fold":
+            target = ops.nearest(loser.code, held.code, first)[1]
+            lost &= target >= 0
+            ops.merge(held, torch.where(lost, target, slots), loser, renew=False)
+            gone = gone + lost.sum()
+        self.merged += gone / len(self.keys)
+
+    def configure(self, config: AttentionConfig) -> None:
+        self.config = config
+
+    def stats(self) -> CacheStats:
+        """The only place that waits for the device."""
+        now = self.slots - self.first.float().mean()
+        used, now, sparse, merged = torch.stack([self.used, now, self.sparse_pairs, self.merged]).tolist()
+        whole, queries = len(self.times) * self.shape.frame_tokens, self.shape.chunk_tokens
+        calls = self.dense_calls + self.sparse_calls
+        before = self.history_frames - self.shape.chunk_frames
+        return CacheStats(
+            tokens=now + min(whole, (self.places - self.shape.chunk_frames) * self.shape.frame_tokens),
+            executed=self.dense_calls * queries * (used + self.seen - self.slots) + sparse,
+            possible=calls * queries * (before * self.shape.frame_tokens + queries),
+            merged=merged,
+        )
+
+    def fork(self) -> FlatCaches:
+        self.shared = True
+        twin = copy.copy(self)
+        twin.times = list(self.times)
+        twin.bias = self.bias.clone()
+        twin.layers = [FlatLayer(twin, layer) for layer in range(len(self.layers))]
+        return twin
+
+    def _own(self) -> None:
+        if self.shared:
+            for name in self.TENSORS:
+                setattr(self, name, getattr(self, name).clone())
+            self.shared = False
+
+    def state(self) -> tuple[dict[str, Any], dict[str, Tensor]]:
+        self.shared = True
+        numbers = {name: copy.copy(getattr(self, name)) for name in ("times", "own", "start", "history_frames")}
+        return numbers, {f"all.{name}": getattr(self, name) for name in self.TENSORS}
+
+    def load(self, numbers: dict[str, Any], tensors: dict[str, Tensor]) -> None:
+        times, own = [int(time) for time in numbers["times"]], int(numbers["own"])
+        chunk = self.shape.chunk_frames
+        if len(times) > self.places or len(times) % chunk or own % chunk or not 0 <= own <= self.places - chunk:
+            raise ValueError(f"times has {len(times)} frames, the next place is {own}; at most {self.places}")
+        self.times, self.own = times, own
+        self.start, self.history_frames = int(numbers["start"]), int(numbers["history_frames"])
+        for name in self.TENSORS:
+            there, value = getattr(self, name), tensors[f"all.{name}"]
+            if value.shape != there.shape or value.dtype != there.dtype:
+                raise ValueError(f"{name} is {value.dtype} {list(value.shape)}, not {there.dtype} {list(there.shape)}")
+            there.copy_(value)
+
+
+class FlatLayer:
+    """One layer's part of `FlatCaches`."""
+
+    def __init__(self, caches: FlatCaches, layer: int) -> None:
+        self.caches, self.layer = caches, layer
+        self.selection: tuple[Tensor, Tensor, Tensor] | None = None  # AnnSA's, once a chunk
+
+    def attend(self, query: Tensor, key: Tensor, value: Tensor, progress: float, write: bool) -> Tensor:
+        """One chunk's queries over the cache and the chunk itself. All [chunk tokens, heads, head_dim], rotated in space,
+        not in time. progress: share of denoising steps done. write: the pass whose keys and values are kept."""
+        caches, shape = self.caches, self.caches.shape
+        heads = slice(self.layer * shape.heads, (self.layer + 1) * shape.heads)
+        keys, values, bias, rows = caches.keys[heads], caches.values[heads], caches.bias[heads], caches.own_rows
+        turned = torch.empty(query.shape, device=query.device, dtype=query.dtype)
+        turn = (caches.in_chunk, caches.cos, caches.sin, shape.frame_tokens)
+        ops.turn(query, *turn, turned)
+        ops.turn(key, *turn, keys[:, rows].transpose(0, 1))
+        values[:, rows] = value.transpose(0, 1)
+        stop, config = caches.stop, caches.config
+        sparse = config.kind == "fastar" and config.sparse_density < 1 and progress >= config.dense_steps
+        if sparse and self.selection is None and (caches.times or caches.slots):
+            self.selection = select(turned, keys, bias, rows, stop, config)
+        chosen = self.selection if sparse else None
+        lse = torch.empty(shape.heads, len(query), device=query.device) if write and chosen is None else None
+        first = caches.first[heads]
+        out = ops.attend(turned, keys, values, bias, first, caches.slots, stop, selection=chosen, lse=lse)
+        caches.seen = stop
+        if chosen is None:
+            caches.dense_calls += 1
+        else:
+            caches.sparse_calls += 1
+            caches.sparse_pairs += chosen[1].sum() * (ops.sparse_tiles(query.dtype).queries * ops.KEY_BLOCK / shape.heads)
+        if write:
+            own = slice(rows.start - caches.slots, rows.stop - caches.slots)
+            caches.origin[heads, own] = keys[:, rows]
+            stride = max(1, shape.chunk_tokens // SAMPLED_QUERIES)
+            if lse is None:  # the sparse softmax does not know what it left out
+                turned, stride = turned[::stride], 1
+                lse = torch.empty(shape.heads, len(turned), device=query.device)
+                ops.attend(turned, keys, values, bias, first, caches.slots, stop, lse=lse)
+            self._measure(heads, ops.mass(turned, keys, bias, lse, stride, caches.slots, stop), rows, stop)
+        return out
+
+    def _measure(self, heads: slice, mass: Tensor, rows: slice, stop: int) -> None:
+        """A running mean over chunks of the attention mass; a new token starts with what it has."""
+        usage = self.caches.usage[heads, :stop]
+        fresh = mass[:, rows].clone()
+        usage.lerp_(mass, 1 - USAGE_DECAY)
+        usage[:, rows] = fresh
+
+
+def _rows(x: Tensor, index: Tensor) -> Tensor:
+    """x [heads, m, d] at index [heads, n] -> [heads, n, d]."""
+    return x[torch.arange(len(x), device=x.device)[:, None], index]

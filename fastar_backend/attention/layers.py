@@ -1,0 +1,120 @@
+"""The caches of all layers of one stream, as the stream engine holds them."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Iterator
+from typing import Any, Protocol, Self
+
+from torch import Tensor
+
+from fastar_backend.attention.cache import CacheShape, FrameCache
+from fastar_backend.attention.temp_cache import TempCache
+from fastar_backend.config import AttentionConfig
+
+
+@dataclasses.dataclass(frozen=True)
+class CacheStats:
+    """Of one chunk. tokens: cached per head, mean over layers; executed, possible: query-key pairs of the chunk's
+    self-attention, summed over layers; merged: tokens that went into a group so far, mean over layers and heads."""
+
+    tokens: float
+    executed: float
+    possible: float
+    merged: float
+
+
+class Caches(Protocol):
+    """A sequence with one cache per layer, and what is done to all of them."""
+
+    def __iter__(self) -> Iterator[Any]: ...
+    def __getitem__(self, layer: int) -> Any: ...
+    def __len__(self) -> int: ...
+    @property
+    def nbytes(self) -> int: ...
+    def begin(self, start: int) -> None:
+        """Makes `start` (a latent frame index) position 0 of the chunk that begins."""
+
+    def commit(self) -> None:
+        """Ends a chunk, after the pass that wrote it."""
+
+    def configure(self, config: AttentionConfig) -> None:
+        """Another `sparse_density`, from the next chunk on."""
+
+    def stats(self) -> CacheStats: ...
+    def fork(self) -> Self:
+        """A copy that shares the tensors until one side begins its next chunk."""
+
+    def state(self) -> tuple[Any, dict[str, Tensor]]:
+        """Numbers (JSON) and tensors that `load` takes back. The tensors are views that nobody will write to."""
+
+    def load(self, numbers: Any, tensors: dict[str, Tensor]) -> None:
+        """Into new caches of the same configuration. Raises KeyError, TypeError, ValueError, RuntimeError."""
+
+
+def make_cache(shape: CacheShape, config: AttentionConfig) -> FrameCache:
+    """The portable cache of one layer of one stream."""
+    if config.kind == "dense":
+        return FrameCache(shape)
+    if config.kind == "window":
+        return FrameCache(shape, config.budget_frames, config.sink_frames)
+    return TempCache(shape, config)
+
+
+class PortableCaches:
+    """Each layer by itself, in plain PyTorch: any device, any setting."""
+
+    def __init__(self, shape: CacheShape, config: AttentionConfig, layers: int) -> None:
+        self.layers = [make_cache(shape, config) for _ in range(layers)]
+
+    def __iter__(self) -> Iterator[FrameCache]:
+        return iter(self.layers)
+
+    def __getitem__(self, layer: int) -> FrameCache:
+        return self.layers[layer]
+
+    def __len__(self) -> int:
+        return len(self.layers)
+
+    @property
+    def nbytes(self) -> int:
+        return sum(cache.nbytes for cache in self.layers)
+
+    def begin(self, start: int) -> None:
+        for cache in self.layers:
+            cache.begin(start)
+
+    def commit(self) -> None:
+        """Nothing: each layer takes its chunk in as it is written."""
+
+    def configure(self, config: AttentionConfig) -> None:
+        for cache in self.layers:
+            cache.config = config
+
+    def stats(self) -> CacheStats:
+        count = len(self.layers)
+        return CacheStats(
+            sum(cache.tokens for cache in self.layers) / count,
+            sum(cache.executed for cache in self.layers),
+            sum(cache.possible for cache in self.layers),
+            sum(getattr(cache, "merged", 0.0) for cache in self.layers) / count,
+        )
+
+    def fork(self) -> PortableCaches:
+        twin = PortableCaches.__new__(PortableCaches)
+        twin.layers = [cache.fork() for cache in self.layers]
+        return twin
+
+    def state(self) -> tuple[list[dict[str, Any]], dict[str, Tensor]]:
+        numbers, tensors = [], {}
+        for layer, cache in enumerate(self.layers):
+            own, values = cache.state()
+            numbers.append(own)
+            tensors |= {f"{layer}.{name}": value for name, value in values.items()}
+        return numbers, tensors
+
+    def load(self, numbers: list[dict[str, Any]], tensors: dict[str, Tensor]) -> None:
+        for layer, cache in enumerate(self.layers):
+            prefix = f"{layer}."
+            own = {key.removeprefix(prefix): value for key, value in tensors.items() if key.startswith(prefix)}
+            cache.load(numbers[layer], own)

@@ -1,0 +1,216 @@
+"""The GPU's caches, in Triton's interpreter, against the portable ones: the same law, laid out otherwise."""
+
+from __future__ import annotations
+
+import copy
+
+import pytest
+import torch
+
+from fastar_backend.attention import temp_cache
+from fastar_backend.attention.cache import CacheShape, FrameCache
+from fastar_backend.attention.flat_cache import FlatCaches, supports
+from fastar_backend.attention.layers import PortableCaches
+from fastar_backend.config import AttentionConfig
+
+DEVICE = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+LAYERS = 2
+
+
+def shape_of(frame_tokens: int = 9, chunk: int = 2, reach: int = 4, dim: int = 16) -> CacheShape:
+    return CacheShape(1, dim, frame_tokens, chunk, reach, (dim - 8, 4, 4), 100.0, DEVICE, torch.float32)
+
+
+class Scene:
+    """Keys of recurring places: each token is one of a few directions, a little disturbed."""
+
+    def __init__(self, shape: CacheShape, places: int, seed: int) -> None:
+        self.shape, self.generator = shape, torch.Generator().manual_seed(seed)
+        self.places = torch.randn(places, shape.heads, shape.head_dim, generator=self.generator)
+
+    def chunk(self) -> list[tuple[torch.Tensor, torch.Tensor, torch.Tensor]]:
+        """query, key, value [chunk tokens, heads, head_dim] of each layer; not turned in time."""
+        tokens, shape = self.shape.chunk_tokens, self.shape
+        result = []
+        for _ in range(LAYERS):
+            where = torch.randint(0, len(self.places), (tokens,), generator=self.generator)
+            noise = torch.randn(tokens, shape.heads, shape.head_dim, generator=self.generator)
+            key = self.places[where] + 1e-3 * noise
+            query = self.places[where.flip(0)] + 0.3 * noise
+            value = torch.randn(tokens, shape.heads, shape.head_dim, generator=self.generator)
+            result.append(tuple(x.to(DEVICE) for x in (query, key, value)))
+        return result
+
+
+def portable(caches: PortableCaches, layer: int, query, key, value, progress: float, write: bool) -> torch.Tensor:
+    shape = caches[0].shape
+    positions = torch.arange(shape.chunk_frames, device=DEVICE).repeat_interleave(shape.frame_tokens)
+    query, key, value = (x.transpose(0, 1) for x in (query, key, value))
+    query, key = shape.turn(query, positions), shape.turn(key, positions)
+    out = caches[layer].attend(query, key, value, progress)
+    if write:
+        caches[layer].append(query, key, value)
+    return out.transpose(0, 1)
+
+
+def run(caches, scene: Scene, chunks: int, start: int = 0) -> list[torch.Tensor]:
+    outs = []
+    for index in range(start, start + chunks):
+        caches.begin(index * scene.shape.chunk_frames)
+        data = scene.chunk()
+        for write in (False, True):
+            for layer, (query, key, value) in enumerate(data):
+                attend = caches[layer].attend if isinstance(caches, FlatCaches) else None
+                arguments = (query, key, value, float(write), write)
+                outs.append(attend(*arguments) if attend else portable(caches, layer, *arguments))
+        caches.commit()
+    return outs
+
+
+CONFIGS = {
+    "window": AttentionConfig(kind="window", budget_frames=4),
+    "window with sinks": AttentionConfig(kind="window", budget_frames=6, sink_frames=2),
+    "fastar": AttentionConfig(budget_frames=6, recent_frames=4),
+    "fastar with sinks": AttentionConfig(budget_frames=8, recent_frames=4, sink_frames=2),
+    "dropping": AttentionConfig(budget_frames=6, recent_frames=4, overflow="drop"),
+    "no counts": AttentionConfig(budget_frames=6, recent_frames=4, weight="none"),
+}
+
+
+def both(config: AttentionConfig, places: int, chunks: int):
+    """The two caches of one configuration, and what they gave for the same stream."""
+    shape, seed = shape_of(), int(torch.randint(0, 1 << 30, ()))
+    assert supports(shape, config)
+    flat, plain = FlatCaches(shape, config, LAYERS), PortableCaches(shape, config, LAYERS)
+    return flat, plain, *(run(caches, Scene(shape, places, seed), chunks) for caches in (flat, plain)), seed
+
+
+@pytest.mark.parametrize("name", [name for name in CONFIGS if name != "no counts"])  # of twins, one is chosen by rounding
+def test_flat_caches_are_the_portable_ones(name, monkeypatch):
+    """Places that recur, each of which has its groups: whichever of equal ones a token joins, the softmax is the same."""
+    monkeypatch.setattr(temp_cache, "USAGE_STRIDE", 1)
+    flat, plain, mine, theirs, seed = both(CONFIGS[name], places=6, chunks=6)
+    for index, (a, b) in enumerate(zip(mine, theirs, strict=True)):
+        assert torch.allclose(a, b, atol=5e-3), f"call {index}, seed {seed}: {(a - b).abs().max()}"
+    mine, theirs = flat.stats(), plain.stats()
+    assert mine.tokens == pytest.approx(theirs.tokens, rel=0.1)  # portable: the fullest head's
+    assert mine.executed == pytest.approx(theirs.executed, rel=0.1)
+    assert mine.possible == theirs.possible
+    assert mine.merged == pytest.approx(theirs.merged, rel=1e-4)
+    if CONFIGS[name].kind == "fastar":
+        counts = torch.cat([cache.count for cache in plain])
+        assert torch.equal(flat.count.sum(-1), counts.sum(-1))
+        assert torch.equal((flat.count > 0).sum(-1), (counts > 0).sum(-1))
+        assert flat.merged > 0
+
+
+@pytest.mark.parametrize("places", [20, 400])  # much recurs; hardly anything does
+@pytest.mark.parametrize("name", ["fastar", "dropping", "no counts"])
+def test_flat_caches_are_as_near_to_dense_as_the_portable_ones(name, places, monkeypatch):
+    """Where the memory overflows, near ties are decided by rounding: the two part, but neither is the worse."""
+    monkeypatch.setattr(temp_cache, "USAGE_STRIDE", 1)
+    flat, plain, mine, theirs, seed = both(CONFIGS[name], places, chunks=7)
+    dense = run(PortableCaches(shape_of(), AttentionConfig(kind="dense"), LAYERS), Scene(shape_of(), places, seed), 7)
+    late = slice(4 * 2 * LAYERS, None)
+
+    def error(outs):
+        return (torch.cat(outs[late]) - torch.cat(dense[late])).norm() / torch.cat(dense[late]).norm()
+
+    assert error(mine) < 1.15 * error(theirs) + 0.02, seed
+    counts = torch.cat([cache.count for cache in plain])
+    if name == "fastar":
+        assert torch.allclose(flat.count.sum(-1), counts.sum(-1)), "every token that left is counted once"
+    assert torch.equal((flat.count > 0).sum(-1), (counts > 0).sum(-1))
+
+
+def test_the_budget_is_hard_and_memory_does_not_grow():
+    """Content without any redundancy, cut at every chunk."""
+    shape, config = shape_of(), AttentionConfig(budget_frames=6, recent_frames=4)
+    caches = FlatCaches(shape, config, LAYERS)
+    before = caches.nbytes
+    run(caches, Scene(shape, 5000, 1), 8)
+    assert caches.nbytes == before
+    assert caches.stats().tokens <= config.budget_frames * shape.frame_tokens
+    assert (caches.first == 0).all(), "the memory is full"
+    seen = (2 * 8 - config.recent_frames) * shape.frame_tokens
+    assert torch.allclose(caches.count.sum(-1), torch.tensor(float(seen))), "every token that left is counted once"
+
+
+def test_equal_keys_merge_without_loss():
+    """The exactness law (paper, section on TempCache): groups of equal keys are dense attention."""
+    shape, config = shape_of(reach=1, chunk=1), AttentionConfig(budget_frames=3, recent_frames=2, merge_threshold=0.9)
+    flat, dense = FlatCaches(shape, config, LAYERS), PortableCaches(shape, AttentionConfig(kind="dense"), LAYERS)
+    scene = Scene(shape, 8, 3)
+    fixed = [scene.places[torch.arange(9) % 8].to(DEVICE) for _ in range(LAYERS)]
+    for index in range(7):
+        data = [(query, key, value) for (query, _, value), key in zip(scene.chunk(), fixed, strict=True)]
+        flat.begin(index)
+        dense.begin(index)
+        for layer, own in enumerate(data):
+            a, b = flat[layer].attend(*own, 1.0, True), portable(dense, layer, *own, 1.0, True)
+            assert torch.allclose(a, b, atol=1e-5), index
+        flat.commit()
+    assert flat.stats().executed < 0.75 * dense.stats().executed
+
+
+@pytest.mark.parametrize("name", ["window with sinks", "fastar"])
+def test_forks_and_restored_caches_go_on_to_the_bit(name):
+    shape, config = shape_of(), CONFIGS[name]
+    scene = Scene(shape, 30, 5)
+    caches = FlatCaches(shape, config, LAYERS)
+    run(caches, scene, 5)
+    twin, restored = caches.fork(), FlatCaches(shape, config, LAYERS)
+    assert twin.keys.data_ptr() == caches.keys.data_ptr()
+    numbers, tensors = caches.state()
+    kept = {key: value.clone() for key, value in tensors.items()}
+    restored.load(numbers, tensors)
+    scenes = [copy.deepcopy(scene) for _ in range(3)]
+    for other in scenes:
+        other.generator = torch.Generator()
+        other.generator.set_state(scene.generator.get_state())
+    outs = [run(c, s, 2, start=5) for c, s in zip((caches, twin, restored), scenes, strict=True)]
+    for other in outs[1:]:
+        assert all(torch.equal(a, b) for a, b in zip(outs[0], other, strict=True))
+    assert all(torch.equal(kept[key], tensors[key]) for key in kept), "a snapshot is not touched by what follows"
+
+
+def test_state_that_does_not_fit_is_refused():
+    shape = shape_of()
+    numbers, tensors = FlatCaches(shape, CONFIGS["fastar"], LAYERS).state()
+    with pytest.raises(ValueError, match="at most"):
+        FlatCaches(shape, CONFIGS["fastar"], LAYERS).load(numbers | {"times": list(range(99))}, tensors)
+    with pytest.raises(ValueError, match="torch.float32"):
+        FlatCaches(shape, CONFIGS["fastar with sinks"], LAYERS).load(numbers, tensors)
+
+
+def test_sparse_attention_finds_what_dense_finds():
+    """AnnSA by blocks on keys that lie in order: half of the blocks hold nearly all the mass; all blocks are dense."""
+    shape = shape_of(frame_tokens=64, chunk=1, reach=2)
+    dense = AttentionConfig(kind="fastar", budget_frames=7, recent_frames=6)
+    outs = {}
+    for density in (1.0, 0.999, 0.5):
+        caches = FlatCaches(shape, dense.model_copy(update={"sparse_density": density}), 1)
+        generator = torch.Generator().manual_seed(4)
+        directions = 4 * torch.randn(6, shape.heads, shape.head_dim, generator=generator)
+        for index in range(7):
+            noise = torch.randn(3, 64, shape.heads, shape.head_dim, generator=generator)
+            key = directions[index % 6] + noise[0]  # a frame is a place
+            query = directions[torch.arange(64) % 6] + noise[1]
+            caches.begin(index)
+            outs[density] = caches[0].attend(query.to(DEVICE), key.to(DEVICE), noise[2].to(DEVICE), 1.0, True)
+            caches.commit()
+        stats = caches.stats()
+        assert stats.executed <= stats.possible * (1 if density > 0.9 else 0.75)
+    assert torch.allclose(outs[0.999], outs[1.0], atol=1e-4)
+    error = (outs[0.5] - outs[1.0]).norm() / outs[1.0].norm()
+    assert 0 < error < 0.5
+
+
+@pytest.mark.parametrize(
+    "config",
+    [AttentionConfig(kind="dense"), AttentionConfig(weight="effective"), AttentionConfig(match="query"),
+     AttentionConfig(index="lsh"), AttentionConfig(recent_frames=5), AttentionConfig(representative="mean")],
+)  # fmt: skip
+def test_what_flat_caches_leave_to_the_portable_ones(config):
+    assert not supports(shape_of(), config)
+    assert isinstance(PortableCaches(shape_of(), config, 1)[0], FrameCache)
