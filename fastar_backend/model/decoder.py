@@ -30,11 +30,14 @@ _FILES = {
     "wan": ("Wan2.1_VAE.pth", "diffusion_pytorch_model.safetensors"),
     "taehv": ("taew2_1.pth", "taew2_1.safetensors"),
 }
+# What to get of a whole hub repository: there, diffusion_pytorch_model.safetensors is the transformer.
+_AT_THE_TOP = {
+    "wan": ("Wan2.1_VAE.pth", "vae/config.json", "vae/diffusion_pytorch_model.safetensors"),
+    "taehv": _FILES["taehv"],
+}
 _OTHER_HALF = {"wan": ("encoder.", "conv1.", "quant_conv."), "taehv": ("encoder.",)}
 # A tensor whose first dimension is the decoder's `dim`, and the published one.
 _DIM = {"wan": ("decoder.head.0.gamma", 96), "taehv": ("decoder.1.weight", 256)}
-
-
 _DECODERS = {"wan": WanDecoder, "taehv": TinyDecoder}
 
 
@@ -96,10 +99,11 @@ def load_decoder(kind: Kind, source: str, device: torch.device | str, dtype: tor
 
 
 def _file(kind: Kind, source: str) -> Path:
-    path = locate(source, (*_FILES[kind], "config.json", "vae/config.json", f"vae/{_FILES[kind][-1]}"))
+    inside = ("config.json", *_FILES[kind]) if ":" in source else ()
+    path = locate(source, (*_AT_THE_TOP[kind], *inside))
     if path.is_file():
         return path
-    found = [folder / name for name in _FILES[kind] for folder in (path, path / "vae") if (folder / name).is_file()]
+    found = [folder / name for name in _FILES[kind] for folder in (path / "vae", path) if (folder / name).is_file()]
     if not found:
         raise WeightsError(f"weights: {source} has no {' nor '.join(_FILES[kind])}; allowed: a folder with one, a file")
     if kind == "wan":

@@ -320,6 +320,22 @@ def test_a_diffusers_folder(tmp_path, diffusers_vae, latents, inside):
     assert error(stream(loaded, latents, [3, 3, 1])[0].clamp(-1, 1), want) < 1e-4
 
 
+def test_of_the_hub_the_decoder_only(tmp_path, monkeypatch):
+    """At the top of Wan's repositories diffusion_pytorch_model.safetensors is the transformer, of gigabytes."""
+    native_file(tmp_path)
+    asked = {}
+
+    def locate(source: str, patterns: tuple[str, ...]) -> Path:
+        asked[source] = patterns
+        return tmp_path
+
+    monkeypatch.setattr("fastar_backend.model.decoder.locate", locate)
+    for source in ("org/name", "org/name:vae"):
+        load_decoder("wan", source, "cpu", torch.float32)
+        assert "Wan2.1_VAE.pth" in asked[source]
+        assert ("diffusion_pytorch_model.safetensors" in asked[source]) == (":" in source)
+
+
 def damage(name: str, change: Callable[[dict], None]) -> Callable[[Path], None]:
     def act(folder: Path) -> None:
         weights = torch.load(folder / name, weights_only=True)
