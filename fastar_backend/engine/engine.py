@@ -18,13 +18,14 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from fastar_backend.attention import CacheShape, make_caches
+from fastar_backend.attention import CacheShape, bytes_of_caches
 from fastar_backend.attention.batch import StreamsAttend, StreamsAttendText
 from fastar_backend.config import AttentionConfig
 from fastar_backend.engine.snapshot import Snapshot, fingerprint
 from fastar_backend.engine.stream import Chunk, ChunkRequest, ChunkStats, Stream, StreamOptions
 from fastar_backend.errors import AtCapacity, FastarError, InvalidInput, SnapshotError, UnknownStream
 from fastar_backend.model.autoencoder import unit_rms
+from fastar_backend.model.decoder import state_bytes
 from fastar_backend.model.world import World, load_world
 
 log = logging.getLogger(__name__)
@@ -36,12 +37,13 @@ class StreamEngine:
     """Not thread-safe: one caller at a time (Triton's instance)."""
 
     def __init__(
-        self, world: World, attention: AttentionConfig, max_streams: int = 8, stream_bytes: int = 4 << 30,
+        self, world: World, attention: AttentionConfig, max_streams: int = 8, stream_bytes: int | None = None,
         deterministic: bool = False,
     ) -> None:  # fmt: skip
-        """stream_bytes: caches of one stream may not grow beyond; dense attention and recall probes do grow.
+        """stream_bytes: caches of one stream may not grow beyond; dense attention and recall probes do grow. None: 4 GiB,
+        or what the default attention takes.
         deterministic: streams are computed one by one, so that no bit of one depends on who shares its step."""
-        self.world, self.attention, self.max_streams, self.stream_bytes = world, attention, max_streams, stream_bytes
+        self.world, self.attention, self.max_streams = world, attention, max_streams
         self.deterministic = deterministic
         model, sampler = world.config.model, world.config.sampler
         weight = world.dit.head.head.weight
@@ -54,6 +56,7 @@ class StreamEngine:
             sampler.latent_frames_per_chunk, model.latent_channels, model.latent_height, model.latent_width,
         )  # fmt: skip
         self.streams: dict[int, Stream] = {}
+        self.stream_bytes = stream_bytes or max(4 << 30, self._bounded_bytes(attention))
 
     @classmethod
     def load(cls, world: str = "doom", device: str = "cpu", attention: AttentionConfig | None = None,
@@ -77,15 +80,11 @@ class StreamEngine:
         self._check_free(stream_id)
         check_prompt(prompt)
         attention = options.attention or self.attention
-        model = self.world.config.model
-        token_bytes = 2 * model.dim * model.layers * self.dtype.itemsize
-        if attention.kind != "dense" and attention.budget_frames * model.frame_tokens * token_bytes > self.stream_bytes:
-            most = self.stream_bytes // (model.frame_tokens * token_bytes)
-            raise InvalidInput("OPTIONS.attention.budget_frames", f"got {attention.budget_frames}", f"1..{most}")
-        stream = Stream(self.world, self.shape, prompt, options, attention)
-        if attention.kind != "dense" and stream.cache_bytes > self.stream_bytes:  # the chunk's room is in it, too
-            most = f"less: these caches have {stream.cache_bytes} bytes of {self.stream_bytes}"
+        if attention.kind != "dense" and (needed := self._bounded_bytes(attention)) > self.stream_bytes:
+            frames = attention.budget_frames * self.stream_bytes // needed
+            most = f"about {frames} ({needed} bytes are more than a stream's {self.stream_bytes})"
             raise InvalidInput("OPTIONS.attention.budget_frames", f"got {attention.budget_frames}", most)
+        stream = Stream(self.world, self.shape, prompt, options, attention)
         self.streams[stream_id] = stream
 
     def close(self, stream_id: int) -> bool:
@@ -105,7 +104,12 @@ class StreamEngine:
         attention = options.attention or self.attention
         if attention.kind == "dense" or options.measure_recall:
             return self.stream_bytes
-        return make_caches(self.shape, attention, self.world.config.model.layers).nbytes
+        return self._bounded_bytes(attention)
+
+    def _bounded_bytes(self, attention: AttentionConfig) -> int:
+        model = self.world.config.model
+        decoder = state_bytes(self.world.decoder, model.latent_height, model.latent_width, self.dtype)
+        return decoder + bytes_of_caches(self.shape, attention, model.layers)
 
     @torch.inference_mode()
     def costs(self, sizes: Sequence[int], steps: int = 3) -> dict[int, float]:
@@ -135,12 +139,13 @@ class StreamEngine:
 
     def _fill(self, stream: Stream) -> None:
         """Random history, as much as the budget holds and a little more."""
-        shape = (self.shape.heads, self.shape.chunk_tokens, self.shape.head_dim)
+        like = (1, self.shape.chunk_tokens, self.shape.heads, self.shape.head_dim)
         for _ in range(stream.attention.budget_frames // self.shape.chunk_frames + 2):
             stream.begin_caches()
             for cache in stream.caches:
-                query, key, value = (torch.randn(shape, device=self.device, dtype=self.dtype) for _ in range(3))
-                cache.append(query, key, value)
+                attend = StreamsAttend(self.shape, [cache], [None], progress=1.0, write=True)
+                attend(*(torch.randn(like, device=self.device, dtype=self.dtype) for _ in range(3)))
+            stream.caches.commit()
             stream.latent_frame += self.shape.chunk_frames
 
     # Controls and snapshots of one stream
@@ -321,7 +326,7 @@ class StreamEngine:
         times.append(time.perf_counter())
         self.write(streams, x0, actions)
         times.append(time.perf_counter())
-        frames, finite = list(self.decode(x0)), x0.isfinite().flatten(1).all(1).tolist()
+        frames, finite = self.decode(streams, x0), x0.isfinite().flatten(1).all(1).tolist()
         times.append(time.perf_counter())
         for name, start, end in zip(phases, times, times[1:], strict=False):
             phases[name] += end - start
@@ -345,14 +350,28 @@ class StreamEngine:
         for stream in streams:
             stream.caches.commit()
 
-    def decode(self, x0: Tensor) -> Tensor:
-        """Latents [streams, latent frames, C, h, w] -> uint8 [streams, frames, height, width, 3] on the CPU."""
-        video = self.world.autoencoder.decode(x0.flatten(0, 1)).unflatten(0, (len(x0), -1)).flatten(1, 2)
-        pixels = ((video.float().clamp(-1, 1) + 1) * 127.5).round().to(torch.uint8)
-        return pixels.permute(0, 1, 3, 4, 2).contiguous().cpu()
+    def decode(self, streams: list[Stream], x0: Tensor) -> list[Tensor]:
+        """Latents [streams, latent frames, C, h, w] -> uint8 [frames, height, width, 3] of each on the CPU. Here a step
+        waits for a GPU, once."""
+        videos = []
+        for stream, latents in zip(streams, x0, strict=True):
+            video, stream.decoded = self.world.decoder.decode(latents, stream.decoded)
+            pixels = ((video.float().clamp(-1, 1) + 1) * 127.5).round().to(torch.uint8)
+            videos.append(self._moved(pixels.permute(0, 2, 3, 1).contiguous(), torch.device("cpu")))
+        if self.device.type == "cuda":
+            torch.cuda.synchronize(self.device)
+        return videos
 
     def _noise(self, streams: list[Stream]) -> Tensor:
-        return torch.stack([stream.draw(self.latent_shape) for stream in streams]).to(self.device, self.dtype)
+        return self._moved(torch.stack([stream.draw(self.latent_shape) for stream in streams]), self.device).to(self.dtype)
+
+    def _moved(self, x: Tensor, device: torch.device) -> Tensor:
+        """To the device or from it through pinned memory: the host does not wait."""
+        if self.device.type != "cuda":
+            return x
+        if device.type == "cpu":
+            return torch.empty(x.shape, dtype=x.dtype, pin_memory=True).copy_(x, non_blocking=True)
+        return x.pin_memory().to(device, non_blocking=True)
 
     def _forward(self, streams: list[Stream], x: Tensor, sigma: float, actions: Tensor, *, progress: float,
                  write: bool) -> Tensor:  # fmt: skip

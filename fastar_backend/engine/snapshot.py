@@ -105,5 +105,10 @@ def digest(header: dict[str, Any], tensors: dict[str, Tensor]) -> str:
 def fingerprint(world: World) -> str:
     """Of configuration and weights: streams of one world mean nothing to another."""
     modules = {"dit": world.dit, "text": world.text, "autoencoder": world.autoencoder}
-    weights = {f"{name}.{key}": value for name, part in modules.items() for key, value in part.state_dict().items()}
+    weights = {
+        f"{name}.{key}": value
+        for name, part in modules.items()
+        if isinstance(part, torch.nn.Module)  # umT5 is named by the configuration, and mostly not in memory
+        for key, value in part.state_dict().items()
+    }
     return digest(world.config.model_dump(mode="json"), weights)

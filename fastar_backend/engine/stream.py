@@ -15,7 +15,10 @@ from torch import Tensor
 from fastar_backend.attention import CacheShape, TextCache, make_caches
 from fastar_backend.attention.recall import RecallProbe
 from fastar_backend.config import AttentionConfig, Config
+from fastar_backend.model.decoder import check_state
 from fastar_backend.model.world import World
+
+DECODER = "decoder."  # prefix of the decoder's tensors in a stream's state
 
 
 @dataclasses.dataclass(frozen=True)
@@ -91,6 +94,7 @@ class Stream:
         self.caches = make_caches(shape, attention, world.config.model.layers, portable)
         self.probes: list[RecallProbe | None] = [None] * len(self.caches)
         self.text: list[TextCache] = []
+        self.decoded = self.world.decoder.state()  # what the decoder remembers; never written to, but replaced
         self.latent_frame = 0  # of the next chunk; counts the start's frames too
         self.chunk = 0
         self.frame = 0  # video frames sent
@@ -114,7 +118,8 @@ class Stream:
     def _remember_prompt(self) -> None:
         """Computes the cross-attention keys and values of the prompt, once."""
         dit = self.world.dit
-        pairs = dit.prompt_keys_values(self.prompt[None].to(dit.head.head.weight.dtype))
+        weight = dit.head.head.weight
+        pairs = dit.prompt_keys_values(self.prompt[None].to(weight.device, weight.dtype))
         self.text = [TextCache(key[0], value[0], self.prompt, self.attention) for key, value in pairs]
 
     def set_density(self, density: float) -> None:
@@ -138,8 +143,9 @@ class Stream:
 
     @property
     def cache_bytes(self) -> int:
-        """Keys, values and their bookkeeping, recall probes' history included."""
-        return self.caches.nbytes + sum(probe.history.nbytes for probe in self.probes if probe is not None)
+        """Keys, values and their bookkeeping, the decoder's state, recall probes' history included."""
+        decoded = sum(value.nbytes for value in self.decoded.values())
+        return decoded + self.caches.nbytes + sum(probe.history.nbytes for probe in self.probes if probe is not None)
 
     def fork(self) -> Stream:
         """A stream in the same state. Caches are shared until one side begins its next chunk. Not with probes."""
@@ -157,6 +163,7 @@ class Stream:
         numbers = {name: getattr(self, name) for name in self.NUMBERS}
         tensors = {name: getattr(self, name).clone() for name in self.TENSORS} | {"noise": self.noise.get_state()}
         own, values = self.caches.state()
+        values |= {f"{DECODER}{name}": value for name, value in self.decoded.items()}
         numbers |= {"attention": self.attention.model_dump(), "caches": own}
         return numbers, tensors | values
 
@@ -169,11 +176,17 @@ class Stream:
             setattr(stream, name, numbers[name])
         if stream.start is not None and stream.start not in world.starts:
             raise ValueError(f"start {stream.start!r:.40} is unknown")
-        like = world.text(["a"])[0]
+        model = world.config.model
         for name in cls.TENSORS:
-            if tensors[name].shape != like.shape or tensors[name].dtype != like.dtype:
+            if tensors[name].shape != (model.text_tokens, model.text_dim) or not tensors[name].is_floating_point():
                 raise ValueError(f"{name} is {tensors[name].dtype} {list(tensors[name].shape)}")
-            setattr(stream, name, tensors[name].to(like.device))
+            setattr(stream, name, tensors[name].to(shape.device))
+        stream.decoded = {
+            name.removeprefix(DECODER): value.to(shape.device)
+            for name, value in tensors.items()
+            if name.startswith(DECODER)
+        }
+        check_state(world.decoder, stream.decoded, model.latent_height, model.latent_width, shape.dtype)
         stream.noise.set_state(tensors["noise"])
         stream.caches.load(numbers["caches"], tensors)
         stream._remember_prompt()

@@ -50,3 +50,19 @@ class FrameAutoencoder(nn.Module):
     def decode(self, latents: Tensor) -> Tensor:
         """Inverse of `encode`; not clamped."""
         return self.decoder(latents).unflatten(1, (self.frames, 3))
+
+
+class FrameDecoder:
+    """The `Decoder` (model/decoder.py) of an embedded world: nothing is remembered from chunk to chunk."""
+
+    def __init__(self, autoencoder: FrameAutoencoder) -> None:
+        self.autoencoder = autoencoder
+
+    def state(self) -> dict[str, Tensor]:
+        return {}
+
+    def state_shapes(self, height: int, width: int) -> dict[str, tuple[int, int, int, int]]:
+        return {}
+
+    def decode(self, latents: Tensor, state: dict[str, Tensor]) -> tuple[Tensor, dict[str, Tensor]]:
+        return self.autoencoder.decode(latents).flatten(0, 1), {}

@@ -7,6 +7,7 @@ implementation serves every attention policy and the training.
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Sequence
 from typing import Protocol
 
@@ -69,21 +70,40 @@ class Block(nn.Module):
     def forward(self, x: Tensor, e: Tensor, space: tuple[Tensor, Tensor], attend: SelfAttend,
                 cross: CrossAttend, steer: Steer | None = None) -> Tensor:  # fmt: skip
         """x: [B, F, tokens, C]; e: [B, F, 6, C] timestep (and action) modulation per latent frame."""
-        shift1, scale1, gate1, shift2, scale2, gate2 = (
-            part.squeeze(-2).unsqueeze(2) for part in (self.modulation + e).to(x.dtype).split(1, dim=-2)
-        )
-        h = F.layer_norm(x, x.shape[-1:], eps=self.eps) * (1 + scale1) + shift1
-        query = rotate(self.self_attn.query(h), *space)
+        query, key, value = self.before(x, e, *space)
+        x, query = self.between(x, e, attend(query, key, value))
+        if steer is None:
+            return self.after(x, e, cross(query))
+        return self.feed_forward(steer(self.joined(x, cross(query))), e)
+
+    # The pieces between the attentions are what `compile_blocks` compiles.
+
+    def before(self, x: Tensor, e: Tensor, cos: Tensor, sin: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        shift, scale, _ = self._modulation(e, x.dtype, 0)
+        h = F.layer_norm(x, x.shape[-1:], eps=self.eps) * (1 + scale) + shift
         key, value = self.self_attn.key_value(h)
-        key = rotate(key, *space)
-        attended = attend(query.flatten(1, 2), key.flatten(1, 2), value.flatten(1, 2))
-        x = x + self.self_attn.output(attended).view_as(x) * gate1
-        query = self.cross_attn.query(self.norm3(x)).flatten(1, 2)
-        x = x + self.cross_attn.output(cross(query)).view_as(x)
-        if steer is not None:
-            x = steer(x)
-        h = F.layer_norm(x, x.shape[-1:], eps=self.eps) * (1 + scale2) + shift2
-        return x + self.ffn(h) * gate2
+        query, key = rotate(self.self_attn.query(h), cos, sin), rotate(key, cos, sin)
+        return query.flatten(1, 2), key.flatten(1, 2), value.flatten(1, 2)
+
+    def between(self, x: Tensor, e: Tensor, attended: Tensor) -> tuple[Tensor, Tensor]:
+        x = x + self.self_attn.output(attended).view_as(x) * self._modulation(e, x.dtype, 0)[2]
+        return x, self.cross_attn.query(self.norm3(x)).flatten(1, 2)
+
+    def joined(self, x: Tensor, crossed: Tensor) -> Tensor:
+        return x + self.cross_attn.output(crossed).view_as(x)
+
+    def after(self, x: Tensor, e: Tensor, crossed: Tensor) -> Tensor:
+        return self.feed_forward(self.joined(x, crossed), e)
+
+    def feed_forward(self, x: Tensor, e: Tensor) -> Tensor:
+        shift, scale, gate = self._modulation(e, x.dtype, 3)
+        h = F.layer_norm(x, x.shape[-1:], eps=self.eps) * (1 + scale) + shift
+        return x + self.ffn(h) * gate
+
+    def _modulation(self, e: Tensor, dtype: torch.dtype, first: int) -> tuple[Tensor, ...]:
+        """Shift, scale, gate [B, F, 1, C]: of the self-attention (first 0) or the feed-forward (3)."""
+        parts = (self.modulation[:, first : first + 3] + e[:, :, first : first + 3]).to(dtype)
+        return tuple(part.unsqueeze(2) for part in parts.unbind(-2))
 
 
 class Head(nn.Module):
@@ -150,3 +170,10 @@ class CausalDiT(nn.Module):
         return x.reshape(batch, frames, rows, columns, config.patch[1], config.patch[2], -1).permute(
             0, 1, 6, 2, 4, 3, 5
         ).reshape(batch, frames, config.latent_channels, *latents.shape[3:])  # fmt: skip
+
+    def compile_blocks(self) -> None:
+        """Compiles the blocks' pieces between the attentions, once for all blocks (their weights are arguments)."""
+        for name in ("before", "between", "after"):
+            compiled = torch.compile(getattr(Block, name))
+            for block in self.blocks:
+                setattr(block, name, functools.partial(compiled, block))

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import json
+from collections.abc import Callable
 from pathlib import Path
 
 import numpy as np
@@ -16,7 +17,8 @@ from torch import Tensor
 
 from fastar_backend.config import Config, ModelConfig, SamplerConfig, parse
 from fastar_backend.errors import InvalidInput, WeightsError
-from fastar_backend.model.autoencoder import FrameAutoencoder
+from fastar_backend.model.autoencoder import FrameAutoencoder, FrameDecoder
+from fastar_backend.model.decoder import Decoder
 from fastar_backend.model.dit import CausalDiT
 from fastar_backend.model.text import HashedWords, words
 
@@ -76,8 +78,9 @@ class WorldConfig(Config):
 class World:
     config: WorldConfig
     dit: CausalDiT
-    text: HashedWords
-    autoencoder: FrameAutoencoder
+    text: Callable[[list[str]], Tensor]  # prompts -> [prompts, text_tokens, text_dim], zero-padded
+    decoder: Decoder
+    autoencoder: FrameAutoencoder | None  # what encodes the starts
     starts: dict[str, tuple[Tensor, Tensor]]  # name -> latents [n, C, h, w], actions [n, buttons]
 
     def info(self) -> dict:
@@ -133,11 +136,13 @@ def load_world(name: str, device: torch.device | str, dtype: torch.dtype = torch
         state = load_file(path)
     except (OSError, SafetensorError, ValueError) as error:
         raise WeightsError(f"world: cannot read {path}: {error}") from None
+    autoencoder = FrameAutoencoder(config.model.latent_channels, config.frames_per_latent)
     world = World(
         config,
         CausalDiT(config.model),
         HashedWords(config.model.text_dim, config.model.text_tokens),
-        FrameAutoencoder(config.model.latent_channels, config.frames_per_latent),
+        FrameDecoder(autoencoder),
+        autoencoder,
         {},
     )
     for prefix, module in (("dit.", world.dit), ("text.", world.text), ("autoencoder.", world.autoencoder)):

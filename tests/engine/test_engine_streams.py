@@ -273,7 +273,7 @@ def test_a_failing_step_says_so_and_closes_what_it_touched(engine, monkeypatch):
     def fail(*args: object) -> None:
         raise RuntimeError("secret prompt")
 
-    monkeypatch.setattr(engine.world.autoencoder, "decode", fail)
+    monkeypatch.setattr(engine.world.decoder, "decode", fail)
     (result,) = engine.step([ChunkRequest(1, ("",))])
     assert isinstance(result, FastarError)
     assert "RuntimeError" in str(result)
