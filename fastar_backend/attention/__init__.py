@@ -14,7 +14,17 @@ from fastar_backend.attention.layers import Caches, CacheStats, PortableCaches, 
 from fastar_backend.attention.temp_cache import TempCache
 from fastar_backend.config import AttentionConfig
 
-__all__ = ["Caches", "CacheShape", "CacheStats", "FrameCache", "TempCache", "TextCache", "bytes_of_caches", "make_cache", "make_caches"]
+__all__ = [
+    "Caches",
+    "CacheShape",
+    "CacheStats",
+    "FrameCache",
+    "TempCache",
+    "TextCache",
+    "bytes_of_caches",
+    "make_cache",
+    "make_caches",
+]
 
 
 def make_caches(shape: CacheShape, config: AttentionConfig, layers: int, portable: bool = False) -> Caches:

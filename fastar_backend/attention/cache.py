@@ -199,7 +199,8 @@ def attention(query: Tensor, keys: Tensor, values: Tensor, bias: Tensor | None) 
         from fastar_backend.kernels import ops  # a bias as a mask would have the size of queries x keys
 
         first = torch.zeros(len(keys), dtype=torch.int32, device=keys.device)
-        rows = keys.shape[1]
-        return ops.attend(query.transpose(0, 1), keys, values, bias.float(), first, rows, rows).transpose(0, 1)
+        rows, count = keys.shape[1], bias.float().exp()
+        sums = (values * count[..., None]).to(values.dtype)
+        return ops.attend(query.transpose(0, 1), keys, sums, count, first, rows, rows).transpose(0, 1)
     mask = None if bias is None else bias[None, :, None].to(query.dtype).expand(1, -1, query.shape[1], -1)
     return F.scaled_dot_product_attention(query[None], keys[None], values[None], mask)[0]

@@ -6,7 +6,7 @@ are decided otherwise. Groups sit at the clamp's temporal distance for ever, als
 it: all members of a group then share one position, so the log-count law is exact, and no group is ever turned again. And
 similarity is what int8 codes see of it (to about .005).
 
-Rows of the tensors: [memory slots, filled from the last one backwards | places of whole latent frames]. The first places
+Values of groups are kept as sums (kernels/attend). Rows of the tensors: [memory slots, filled from the last one backwards | places of whole latent frames]. The first places
 are the sinks', the others a ring of the newest frames and the chunk.
 """
 
@@ -35,9 +35,11 @@ def supports(shape: CacheShape, config: AttentionConfig) -> bool:
     """Whether these caches can do what is asked; else the portable ones must."""
     chunk, recent = shape.chunk_frames, newest(config)
     whole = config.sink_frames % chunk == 0 and recent % chunk == 0 and recent > 0
-    plain = config.weight != "effective" and config.representative == "last" and config.match == "key"
+    plain = config.weight == "count" and config.representative == "last" and config.match == "key"
     power = shape.head_dim & (shape.head_dim - 1) == 0 and shape.head_dim >= 16
-    return power and whole and (config.kind == "window" or (config.kind == "fastar" and plain and config.index != "lsh"))
+    return (
+        power and whole and (config.kind == "window" or (config.kind == "fastar" and plain and config.index != "lsh"))
+    )
 
 
 def newest(config: AttentionConfig) -> int:
@@ -62,12 +64,10 @@ class FlatCaches:
         # The frames' keys at their place in their own chunk: always turned from here, so that no rounding piles up.
         self.origin = torch.zeros(heads, self.places * size, shape.head_dim, **on)
         floats = {"device": shape.device, "dtype": torch.float32}
-        self.usage = torch.zeros(heads, rows, **floats)
-        self.count = torch.zeros(heads, self.slots, **floats)
+        self.usage, self.count = (torch.zeros(heads, rows, **floats) for _ in range(2))
         self.code = torch.zeros(heads, self.slots, shape.head_dim, device=shape.device, dtype=torch.int8)
         self.first = torch.full((heads,), self.slots, device=shape.device, dtype=torch.int32)  # where groups begin
         self.merged = torch.zeros((), **floats)
-        self.bias = torch.full((heads, rows), -torch.inf, **floats)
         self.times: list[int] = []  # latent frame index of each place that is filled
         self.own = 0  # the chunk's first place
         self.start = self.history_frames = 0
@@ -90,7 +90,7 @@ class FlatCaches:
 
     @property
     def nbytes(self) -> int:
-        return self.bias.nbytes + sum(getattr(self, name).nbytes for name in self.TENSORS)
+        return sum(getattr(self, name).nbytes for name in self.TENSORS)
 
     @property
     def own_rows(self) -> slice:
@@ -105,7 +105,9 @@ class FlatCaches:
 
     def _lines(self, positions: Any) -> Tensor:
         """Lines of the table of turns, int32."""
-        return torch.tensor([position + self.span for position in positions], dtype=torch.int32, device=self.keys.device)
+        return torch.tensor(
+            [position + self.span for position in positions], dtype=torch.int32, device=self.keys.device
+        )
 
     def _reset(self) -> None:
         self.dense_calls = self.sparse_calls = self.seen = 0
@@ -123,12 +125,7 @@ class FlatCaches:
             there = len(self.times) * shape.frame_tokens
             out = self.keys[:, self.slots : self.slots + there].transpose(0, 1)
             ops.turn(self.origin[:, :there].transpose(0, 1), lines, self.cos, self.sin, shape.frame_tokens, out)
-        weight = self.count.log()
-        if self.config.kind == "fastar" and self.config.weight == "none":
-            weight = torch.where(self.count > 0, 0.0, -torch.inf)
-        self.bias[:, : self.slots] = weight
-        self.bias[:, self.slots : self.stop] = 0.0
-        self.bias[:, self.stop :] = -torch.inf
+        self.count[:, self.slots : self.stop] = 1.0
         for layer in self.layers:
             layer.selection = None
         self._reset()
@@ -161,9 +158,9 @@ class FlatCaches:
         joins = similarity > self.config.merge_threshold
         # Newcomers that join no group: the most used of them replace free slots, then the least used groups.
         worth, newcomer = usage.masked_fill(joins, -2.0).sort(-1, descending=True)
-        full, index = held.count > 0, match.clamp(min=0).long()
-        taken = torch.zeros_like(held.count).scatter_add_(1, index, joins.float()) > 0
-        price = torch.where(full, held.usage[:, :slots], -1.0).masked_fill(taken, torch.inf)
+        full, index = held.count[:, :slots] > 0, match.clamp(min=0).long()
+        price = torch.where(full, held.usage[:, :slots], -1.0)
+        price.masked_fill_(torch.zeros_like(price).scatter_add_(1, index, joins.float()) > 0, torch.inf)  # is joined
         backwards = -1 - torch.arange(slots, device=price.device) / slots
         slot = torch.where(full, price, backwards).topk(size, largest=False).indices
         replace = worth > price.gather(1, slot)
@@ -178,7 +175,7 @@ class FlatCaches:
         )
         ops.place(held, slot, newcomer, replace, new)
         ops.merge(held, torch.where(joins, match, slots), new, renew=True)
-        first.copy_(slots - (held.count > 0).sum(-1))
+        first.copy_(slots - (held.count[:, :slots] > 0).sum(-1))
         gone = joins.sum()
         if self.config.overflow == "fold":
             target = ops.nearest(loser.code, held.code, first)[1]
@@ -208,7 +205,6 @@ class FlatCaches:
         self.shared = True
         twin = copy.copy(self)
         twin.times = list(self.times)
-        twin.bias = self.bias.clone()
         twin.layers = [FlatLayer(twin, layer) for layer in range(len(self.layers))]
         return twin
 
@@ -249,7 +245,7 @@ class FlatLayer:
         not in time. progress: share of denoising steps done. write: the pass whose keys and values are kept."""
         caches, shape = self.caches, self.caches.shape
         heads = slice(self.layer * shape.heads, (self.layer + 1) * shape.heads)
-        keys, values, bias, rows = caches.keys[heads], caches.values[heads], caches.bias[heads], caches.own_rows
+        keys, values, count, rows = caches.keys[heads], caches.values[heads], caches.count[heads], caches.own_rows
         turned = torch.empty(query.shape, device=query.device, dtype=query.dtype)
         turn = (caches.in_chunk, caches.cos, caches.sin, shape.frame_tokens)
         ops.turn(query, *turn, turned)
@@ -258,17 +254,19 @@ class FlatLayer:
         stop, config = caches.stop, caches.config
         sparse = config.kind == "fastar" and config.sparse_density < 1 and progress >= config.dense_steps
         if sparse and self.selection is None and (caches.times or caches.slots):
-            self.selection = select(turned, keys, bias, rows, stop, config)
+            self.selection = select(turned, keys, count, rows, stop, config)
         chosen = self.selection if sparse else None
         lse = torch.empty(shape.heads, len(query), device=query.device) if write and chosen is None else None
         first = caches.first[heads]
-        out = ops.attend(turned, keys, values, bias, first, caches.slots, stop, selection=chosen, lse=lse)
+        out = ops.attend(turned, keys, values, count, first, caches.slots, stop, selection=chosen, lse=lse)
         caches.seen = stop
         if chosen is None:
             caches.dense_calls += 1
         else:
             caches.sparse_calls += 1
-            caches.sparse_pairs += chosen[1].sum() * (ops.sparse_tiles(query.dtype).queries * ops.KEY_BLOCK / shape.heads)
+            caches.sparse_pairs += chosen[1].sum() * (
+                ops.sparse_tiles(query.dtype).queries * ops.KEY_BLOCK / shape.heads
+            )
         if write:
             own = slice(rows.start - caches.slots, rows.stop - caches.slots)
             caches.origin[heads, own] = keys[:, rows]
@@ -276,8 +274,8 @@ class FlatLayer:
             if lse is None:  # the sparse softmax does not know what it left out
                 turned, stride = turned[::stride], 1
                 lse = torch.empty(shape.heads, len(turned), device=query.device)
-                ops.attend(turned, keys, values, bias, first, caches.slots, stop, lse=lse)
-            self._measure(heads, ops.mass(turned, keys, bias, lse, stride, caches.slots, stop), rows, stop)
+                ops.attend(turned, keys, values, count, first, caches.slots, stop, lse=lse)
+            self._measure(heads, ops.mass(turned, keys, count, lse, stride, caches.slots, stop), rows, stop)
         return out
 
     def _measure(self, heads: slice, mass: Tensor, rows: slice, stop: int) -> None:

@@ -13,10 +13,10 @@ from fastar_backend.config import AttentionConfig
 from fastar_backend.kernels import ops
 
 
-def select(query: Tensor, keys: Tensor, bias: Tensor, own: slice, stop: int, config: AttentionConfig,
+def select(query: Tensor, keys: Tensor, count: Tensor, own: slice, stop: int, config: AttentionConfig,
            ) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
-    """query: [tokens, heads, dim], turned; keys: [heads, rows, dim]; bias: [heads, rows], -inf where there is no key; own:
-    rows of the chunk, always visited. Returns order, counts, blocks as `ops.attend` takes them.
+    """query: [tokens, heads, dim], turned; keys: [heads, rows, dim]; count: [heads, rows], 0 where there is no key; own: rows
+    of the chunk, always visited. Returns order, counts, blocks as `ops.attend` takes them.
 
     Queries are ordered by signature, so that a block holds queries of like content. A key block is worth what its best
     key is to the block's mean query; each query block takes the share `sparse_density` of the held key blocks."""
@@ -30,14 +30,16 @@ def select(query: Tensor, keys: Tensor, bias: Tensor, own: slice, stop: int, con
     weight[-1] -= padding
     mean = (ordered.sum(2, dtype=torch.float32) / weight).to(keys.dtype)  # [heads, query blocks, dim]
     end = stop + -stop % ops.KEY_BLOCK
-    near = torch.baddbmm(bias[:, None, :end].to(mean.dtype), mean, keys[:, :end].transpose(1, 2), alpha=dim**-0.5)
+    near = torch.baddbmm(
+        count[:, None, :end].log().to(mean.dtype), mean, keys[:, :end].transpose(1, 2), alpha=dim**-0.5
+    )
     near = near.unflatten(2, (-1, ops.KEY_BLOCK)).amax(-1)  # [heads, query blocks, key blocks]
     first, last = own.start // ops.KEY_BLOCK, -(-own.stop // ops.KEY_BLOCK)
     near[..., first:last] = torch.inf
     always = last - first
     held = (near[:, 0] > -torch.inf).sum(-1)
-    count = always + ((held - always) * config.sparse_density).ceil()
+    chosen = always + ((held - always) * config.sparse_density).ceil()
     most = always + math.ceil((near.shape[-1] - always) * config.sparse_density)
     blocks = near.topk(most, dim=-1).indices.int()
-    counts = count.clamp(max=most).int()[:, None].expand(heads, near.shape[1]).contiguous()
+    counts = chosen.clamp(max=most).int()[:, None].expand(heads, near.shape[1]).contiguous()
     return order, counts, blocks

@@ -46,17 +46,17 @@ def precision(dtype: torch.dtype) -> str:
     return "ieee" if dtype == torch.float32 else "tf32"  # float32 is for comparisons: no rounding of operands
 
 
-def attend(query: Tensor, key: Tensor, value: Tensor, bias: Tensor, first: Tensor, memory: int, stop: int, *,
+def attend(query: Tensor, key: Tensor, value: Tensor, count: Tensor, first: Tensor, memory: int, stop: int, *,
            selection: tuple[Tensor, Tensor, Tensor] | None = None, lse: Tensor | None = None,
            tile: Tiles | None = None) -> Tensor:  # fmt: skip
-    """softmax(q k / sqrt(d) + bias) v over keys first[head]..stop; the bias holds below `memory`, and is -inf below
-    first[head].
+    """softmax(q k / sqrt(d) + log count) v over keys first[head]..stop. Keys below `memory` stand for groups, and their
+    values are sums over the members; those from there on count once.
 
-    query: [queries, heads, dim], dim a power of two; key, value: [heads, rows, dim], rows adjacent; bias: float32
-    [heads, >= memory]; first: int32 [heads]; selection: (order int [heads, queries], counts int32 [heads, query
-    blocks], blocks int32 [heads, query blocks, most] of KEY_BLOCK keys; query blocks of `sparse_tiles`): then
-    rows up to the end of the last block are finite, and the bias there is -inf; lse: float32 [heads, queries], written.
-    Returns [queries, heads, dim], contiguous."""
+    query: [queries, heads, dim], dim a power of two; key, value: [heads, rows, dim], rows adjacent; count: float32
+    [heads, >= memory], 0 and a value of zeros where there is no group; first: int32 [heads]; selection: (order int
+    [heads, queries], counts int32 [heads, query blocks], blocks int32 [heads, query blocks, most] of KEY_BLOCK keys;
+    query blocks of `sparse_tiles`): then all rows have a count, and those from `stop` to the end of the last block
+    are zeros; lse: float32 [heads, queries], written. Returns [queries, heads, dim], contiguous."""
     queries, heads, dim = query.shape
     tile = tile or (tiles if selection is None else sparse_tiles)(query.dtype)
     columns = tile.keys if selection is None else KEY_BLOCK
@@ -64,9 +64,9 @@ def attend(query: Tensor, key: Tensor, value: Tensor, bias: Tensor, first: Tenso
     order, counts, blocks = selection or (first, first, first)
     grid = (triton.cdiv(queries, tile.queries), heads)
     attend_kernel[grid](
-        query, key, value, bias, first, order, counts, blocks,
+        query, key, value, count, first, order, counts, blocks,
         queries, memory, stop, blocks.shape[-1], dim**-0.5, query.stride(0), query.stride(1), key.stride(0),
-        bias.stride(0), out.stride(0), out.stride(1),
+        count.stride(0), out.stride(0), out.stride(1),
         out, first if lse is None else lse,
         D=dim, BLOCK_M=tile.queries, BLOCK_N=columns, SPARSE=selection is not None, LSE=lse is not None,
         PRECISION=precision(query.dtype), num_warps=tile.warps, num_stages=tile.stages,
@@ -74,14 +74,14 @@ def attend(query: Tensor, key: Tensor, value: Tensor, bias: Tensor, first: Tenso
     return out
 
 
-def mass(query: Tensor, key: Tensor, bias: Tensor, lse: Tensor, stride: int, memory: int, stop: int) -> Tensor:
+def mass(query: Tensor, key: Tensor, count: Tensor, lse: Tensor, stride: int, memory: int, stop: int) -> Tensor:
     """Mean attention mass float32 [heads, stop] of each key over every stride-th query. Arguments as in `attend`."""
     queries, heads, dim = query.shape
     out = torch.empty(heads, stop, device=query.device, dtype=torch.float32)
     wide = query.dtype.itemsize > 2
     mass_kernel[(triton.cdiv(stop, 64), heads)](
-        query, key, bias, lse,
-        queries, stride, memory, stop, dim**-0.5, query.stride(0), query.stride(1), key.stride(0), bias.stride(0), stop,
+        query, key, count, lse,
+        queries, stride, memory, stop, dim**-0.5, query.stride(0), query.stride(1), key.stride(0), count.stride(0), stop,
         out,
         D=dim, BLOCK_M=32 if wide else 64, BLOCK_N=64, PRECISION=precision(query.dtype), num_warps=4,
         num_stages=1 if wide else 2,
@@ -108,8 +108,8 @@ def nearest(probe: Tensor, code: Tensor, first: Tensor) -> tuple[Tensor, Tensor]
 
 
 def turn(source: Tensor, turns: Tensor, cos: Tensor, sin: Tensor, frame_tokens: int, out: Tensor) -> None:
-    """out = source, both [tokens, heads, dim] of any strides, with token t turned in time by line turns[t // frame_tokens]
-    (int32) of cos and sin (float32 [lines, time dims / 2])."""
+    """out = source, both [tokens, heads, dim] of any strides, with token t turned in time by line turns[t //
+    frame_tokens] (int32) of cos and sin (float32 [lines, time dims / 2])."""
     tokens, heads, dim = source.shape
     turn_kernel[(triton.cdiv(tokens, 32), heads)](
         source, turns, cos, sin,
@@ -121,8 +121,8 @@ def turn(source: Tensor, turns: Tensor, cos: Tensor, sin: Tensor, frame_tokens: 
 
 @dataclasses.dataclass(frozen=True)
 class Groups:
-    """Rows of a cache or of what goes into it. key, value: [heads, rows, dim]; code: int8 [heads, rows, dim]; count,
-    usage: float32 [heads, rows]."""
+    """Rows of a cache or of what goes into it. key, value (sums): [heads, rows, dim]; code: int8 [heads, slots, dim];
+    count, usage: float32 [heads, rows], in a cache with equal strides."""
 
     key: Tensor
     value: Tensor
@@ -140,19 +140,19 @@ def place(groups: Groups, slot: Tensor, newcomer: Tensor, replace: Tensor, new: 
     heads, pairs = slot.shape
     place_kernel[(pairs, heads)](
         slot, newcomer, replace.to(torch.int8), new.key, new.value, new.code, new.usage,
-        pairs, new.key.shape[1], groups.count.shape[1], new.value.stride(0), groups.key.stride(0),
+        pairs, new.key.shape[1], groups.code.shape[1], new.value.stride(0), groups.key.stride(0),
         groups.usage.stride(0),
         *groups.tensors, D=new.key.shape[2], num_warps=1,
     )  # fmt: skip
 
 
 def merge(groups: Groups, target: Tensor, new: Groups, renew: bool) -> None:
-    """Adds row t of `new` to the group in slot target[head, t] (int32; as many as there are slots: nowhere): counts and
-    usage grow, the value becomes the mean. renew: keys and codes become the last member's."""
+    """Adds row t of `new` to the group in slot target[head, t] (int32; as many as there are slots: nowhere): counts, usage
+    and values grow. renew: keys and codes become the last member's."""
     heads, tokens = target.shape
     ascending, order = target.sort(dim=-1, stable=True)
     merge_kernel[(tokens, heads)](
         ascending, order.int(), new.count, new.usage, new.value, new.key, new.code,
-        tokens, groups.count.shape[1], new.value.stride(0), groups.key.stride(0), groups.usage.stride(0),
+        tokens, groups.code.shape[1], new.value.stride(0), groups.key.stride(0), groups.usage.stride(0),
         *groups.tensors, D=new.value.shape[2], RENEW=renew, num_warps=1,
     )  # fmt: skip

@@ -161,7 +161,8 @@ class CausalDiT(nn.Module):
         if config.action_dim:
             e = e + self.action_embedding(actions.to(x.dtype))
         e6 = self.time_projection(e).unflatten(-1, (6, -1))
-        space = self.space_cos.to(x.dtype), self.space_sin.to(x.dtype)
+        wide = torch.promote_types(x.dtype, torch.float32)
+        space = self.space_cos.to(wide), self.space_sin.to(wide)
         steer = steer or [None] * config.layers
         for block, attend_self, attend_text, steer_block in zip(self.blocks, attend, cross, steer, strict=True):
             x = block(x, e6, space, attend_self, attend_text, steer_block)

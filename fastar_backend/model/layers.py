@@ -23,8 +23,8 @@ class RMSNorm(nn.Module):
 
 
 def sinusoidal_embedding(positions: Tensor, dim: int) -> Tensor:
-    """[..., dim] float32: cos then sin of position * 10000^(-i / (dim / 2)) (Wan's `sinusoidal_embedding_1d`; the angles, up
-    to 1000, in float64 as there)."""
+    """[..., dim] float32: cos then sin of position * 10000^(-i / (dim / 2)) (Wan's `sinusoidal_embedding_1d`; the
+    angles, up to 1000, in float64 as there)."""
     half = dim // 2
     rates = torch.exp(-math.log(10000.0) * torch.arange(half, device=positions.device, dtype=torch.float64) / half)
     angles = positions.double()[..., None] * rates
@@ -53,9 +53,9 @@ def spatial_angles(grid: tuple[int, int], split: tuple[int, int, int], theta: fl
 
 
 def rotate(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
-    """Rotates adjacent pairs of the last dimension. cos and sin broadcast against x[..., ::2]."""
+    """Rotates adjacent pairs of the last dimension. cos and sin, float32 or wider, broadcast against x[..., ::2]."""
     even, odd = x.unflatten(-1, (-1, 2)).unbind(-1)
-    return torch.stack([even * cos - odd * sin, even * sin + odd * cos], dim=-1).flatten(-2)
+    return torch.stack([even * cos - odd * sin, even * sin + odd * cos], dim=-1).flatten(-2).to(x.dtype)
 
 
 @functools.lru_cache(maxsize=32)

@@ -37,13 +37,15 @@ def poisoned(monkeypatch):
 
 
 def compressed(heads: int, memory: int, stop: int, capacity: int, dim: int, dtype=torch.float32):
-    """Keys and values whose unused rows are poison, the bias of groups (counts), and where each head's groups begin."""
+    """Keys and values whose unused rows are poison, the groups' counts, and where each head's groups begin."""
     first = torch.randint(0, memory + 1, (heads,), dtype=torch.int32, device=DEVICE)
     key, value = random(heads, capacity, dim, dtype=dtype), random(heads, capacity, dim, dtype=dtype)
     key[:, stop:], value[:, stop:] = torch.nan, torch.nan
-    bias = torch.randint(1, 9, (heads, capacity), device=DEVICE).float().log()
-    bias[:, :memory] = bias[:, :memory].masked_fill(torch.arange(memory, device=DEVICE) < first[:, None], -torch.inf)
-    return key, value, bias, first
+    count = torch.randint(1, 9, (heads, capacity), device=DEVICE).float()
+    free = torch.arange(memory, device=DEVICE) < first[:, None]
+    count[:, :memory] = count[:, :memory].masked_fill(free, 0.0)
+    value[:, :memory] = value[:, :memory].masked_fill(free[..., None], 0.0)
+    return key, value, count, first
 
 
 @pytest.mark.parametrize(
@@ -52,35 +54,35 @@ def compressed(heads: int, memory: int, stop: int, capacity: int, dim: int, dtyp
 )
 def test_attend(queries, memory, stop, dim):
     heads = 3
-    key, value, bias, first = compressed(heads, memory, stop, stop + 9, dim)
+    key, value, count, first = compressed(heads, memory, stop, stop + 9, dim)
     query = random(heads, queries, dim).transpose(0, 1)  # strided, as the transformer has it
     lse = torch.full((heads, queries), torch.nan, device=DEVICE)
-    out = ops.attend(query, key, value, bias, first, memory, stop, lse=lse)
-    expected, norm = attend(query.cpu(), key.cpu(), value.cpu(), bias.cpu(), first.cpu(), memory, stop)
+    out = ops.attend(query, key, value, count, first, memory, stop, lse=lse)
+    expected, norm = attend(query.cpu(), key.cpu(), value.cpu(), count.cpu(), first.cpu(), memory, stop)
     assert error(out, expected) < 1e-5
     assert error(lse, norm) < 1e-5
 
 
 def test_attend_in_half_precision():
     dtype = torch.bfloat16 if DEVICE == "cuda" else torch.float16  # the interpreter takes bfloat16 for integers
-    key, value, bias, first = compressed(2, 70, 130, 140, 64, dtype)
+    key, value, count, first = compressed(2, 70, 130, 140, 64, dtype)
     query = random(50, 2, 64, dtype=dtype)
-    out = ops.attend(query, key, value, bias, first, 70, 130)
-    assert error(out, attend(query.cpu(), key.cpu(), value.cpu(), bias.cpu(), first.cpu(), 70, 130)[0]) < 1e-2
+    out = ops.attend(query, key, value, count, first, 70, 130)
+    assert error(out, attend(query.cpu(), key.cpu(), value.cpu(), count.cpu(), first.cpu(), 70, 130)[0]) < 1e-2
 
 
 @pytest.mark.parametrize(("queries", "stop"), [(40, 200), (96, 257), (7, 64)])
 def test_attend_to_selected_blocks(queries, stop):
     heads, dim, rows = 2, 16, 32
     blocks_of_keys = -(-stop // ops.KEY_BLOCK)
-    key, value, bias, _ = compressed(heads, 0, stop, blocks_of_keys * ops.KEY_BLOCK, dim)
-    key[:, stop:], value[:, stop:], bias[:, stop:] = 1e3, 1e3, -torch.inf  # finite, and not to be seen
+    key, value, count, _ = compressed(heads, 0, stop, blocks_of_keys * ops.KEY_BLOCK, dim)
+    key[:, stop:], value[:, stop:], count[:, stop:] = 0.0, 0.0, 0.0
     query = random(queries, heads, dim)
     order = torch.rand(heads, queries, device=DEVICE).argsort(-1)
     query_blocks = -(-queries // rows)
     counts = torch.randint(1, blocks_of_keys + 1, (heads, query_blocks), dtype=torch.int32, device=DEVICE)
     blocks = torch.rand(heads, query_blocks, blocks_of_keys, device=DEVICE).argsort(-1).int()
-    out = ops.attend(query, key, value, bias, counts[:, 0], 0, stop, selection=(order, counts, blocks))
+    out = ops.attend(query, key, value, count, counts[:, 0], 0, stop, selection=(order, counts, blocks))
     allowed = torch.zeros(heads, queries, stop, dtype=torch.bool)
     for head in range(heads):
         for line in range(queries):
@@ -88,18 +90,18 @@ def test_attend_to_selected_blocks(queries, stop):
             for chosen in blocks[head, block, : counts[head, block]].tolist():
                 allowed[head, order[head, line], chosen * ops.KEY_BLOCK : (chosen + 1) * ops.KEY_BLOCK] = True
     zero = torch.zeros(heads, dtype=torch.int32)
-    expected, _ = attend(query.cpu(), key.cpu(), value.cpu(), bias.cpu(), zero, stop, stop, allowed)
+    expected, _ = attend(query.cpu(), key.cpu(), value.cpu(), count.cpu(), zero, stop, stop, allowed)
     assert error(out, expected) < 1e-5
 
 
 @pytest.mark.parametrize(("queries", "memory", "stop", "stride"), [(63, 40, 90, 6), (31, 0, 33, 1), (10, 70, 71, 4)])
 def test_mass(queries, memory, stop, stride):
-    key, value, bias, first = compressed(2, memory, stop, stop + 3, 16)
+    key, value, count, first = compressed(2, memory, stop, stop + 3, 16)
     query = random(queries, 2, 16)
     lse = torch.full((2, queries), torch.nan, device=DEVICE)
-    ops.attend(query, key, value, bias, first, memory, stop, lse=lse)
-    out = ops.mass(query, key, bias, lse, stride, memory, stop)
-    assert error(out, mass(query.cpu(), key.cpu(), bias.cpu(), lse.cpu(), stride, memory, stop)) < 1e-5
+    ops.attend(query, key, value, count, first, memory, stop, lse=lse)
+    out = ops.mass(query, key, count, lse, stride, memory, stop)
+    assert error(out, mass(query.cpu(), key.cpu(), count.cpu(), lse.cpu(), stride, memory, stop)) < 1e-5
     assert torch.allclose(out.sum(-1), torch.ones(2, device=DEVICE), atol=1e-5), "all mass is somewhere"
 
 
@@ -141,7 +143,7 @@ def test_turn(frames, frame_tokens, time):
 
 def groups(heads: int, rows: int, dim: int, room: int = 0) -> ops.Groups:
     key, value = random(heads, rows + room, dim), random(heads, rows + room, dim)
-    count = torch.randint(1, 5, (heads, rows), device=DEVICE).float()
+    count = torch.randint(1, 5, (heads, rows + room), device=DEVICE).float()
     usage = torch.rand(heads, rows + room, device=DEVICE)
     return ops.Groups(key, value, ops.quantise(random(heads, rows, dim)), count, usage)
 

@@ -6,9 +6,9 @@ import torch
 from torch import Tensor
 
 
-def attend(query: Tensor, key: Tensor, value: Tensor, bias: Tensor, first: Tensor, memory: int, stop: int,
+def attend(query: Tensor, key: Tensor, value: Tensor, count: Tensor, first: Tensor, memory: int, stop: int,
            allowed: Tensor | None = None) -> tuple[Tensor, Tensor]:  # fmt: skip
-    """query: [queries, heads, dim]; key, value: [heads, rows, dim]; bias: [heads, rows]; first: [heads]; allowed:
+    """query: [queries, heads, dim]; key, value: [heads, rows, dim]; count: [heads, rows]; below `memory` a value is a sum; first: [heads]; allowed:
     [heads, queries, rows] bool, or None for all. Returns the output like query, and log-sum-exp [heads, queries]."""
     out = torch.zeros(query.shape, dtype=torch.float64)
     lse = torch.zeros(query.shape[1], query.shape[0], dtype=torch.float64)
@@ -19,9 +19,11 @@ def attend(query: Tensor, key: Tensor, value: Tensor, bias: Tensor, first: Tenso
                 if column < int(first[head]) or (allowed is not None and not allowed[head, row, column]):
                     continue
                 logit = query[row, head].double() @ key[head, column].double() * query.shape[-1] ** -0.5
-                weights.append(logit + (bias[head, column].double() if column < memory else 0.0))
-                rows.append(column)
+                members = count[head, column].double() if column < memory else torch.ones((), dtype=torch.float64)
+                if members > 0:
+                    weights.append(logit + members.log())
+                    rows.append(value[head, column].double() / members)
             weight = torch.stack(weights)
             lse[head, row] = weight.logsumexp(0)
-            out[row, head] = weight.softmax(0) @ value[head, rows].double()
+            out[row, head] = weight.softmax(0) @ torch.stack(rows)
     return out, lse

@@ -8,21 +8,20 @@ import triton.language as tl
 
 @triton.jit
 def mass_kernel(
-    query, key, bias, lse,
-    queries, stride, memory, stop, scale, query_row, query_head, key_head, bias_head, mass_head,
+    query, key, count, lse,
+    queries, stride, memory, stop, scale, query_row, query_head, key_head, count_head, mass_head,
     mass,
     D: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
-    """mass [head, columns]: mean over queries 0, stride, 2 stride, ... of exp(logit - lse). Other arguments as in
-    `attend_kernel`; free slots have a bias of -inf."""
+    """mass [head, columns]: mean over queries 0, stride, 2 stride, ... of count * exp(logit - lse). Other arguments as in
+    `attend_kernel`."""
     block, head = tl.program_id(0), tl.program_id(1)
     column = block * BLOCK_N + tl.arange(0, BLOCK_N)
     inside = column < stop
     dims = tl.arange(0, D)
     rows = head.to(tl.int64) * key_head + column.to(tl.int64)[:, None] * D + dims[None, :]
     k = tl.load(key + rows, mask=inside[:, None], other=0.0)
-    b = tl.load(bias + head.to(tl.int64) * bias_head + column, mask=inside & (column < memory), other=0.0)
-    b = tl.where(inside, b, -float("inf"))
+    members = tl.load(count + head.to(tl.int64) * count_head + column, mask=column < memory, other=1.0)
     total = tl.zeros([BLOCK_N], tl.float32)
     sampled = tl.cdiv(queries, stride)
     for start in range(0, sampled, BLOCK_M):
@@ -32,6 +31,6 @@ def mass_kernel(
         at = line.to(tl.int64)[:, None] * query_row + head.to(tl.int64) * query_head + dims[None, :]
         q = tl.load(query + at, mask=valid[:, None], other=0.0)
         norm = tl.load(lse + head.to(tl.int64) * queries + line, mask=valid, other=float("inf"))
-        logits = tl.dot(q, tl.trans(k), input_precision=PRECISION) * scale + b[None, :]
+        logits = tl.dot(q, tl.trans(k), input_precision=PRECISION) * scale
         total += tl.sum(tl.exp2((logits - norm[:, None]) * 1.4426950408889634), 0)
-    tl.store(mass + head.to(tl.int64) * mass_head + column, total / sampled, mask=inside)
+    tl.store(mass + head.to(tl.int64) * mass_head + column, members * total / sampled, mask=inside)

@@ -6,8 +6,8 @@ import torch
 from torch import Tensor
 
 
-def mass(query: Tensor, key: Tensor, bias: Tensor, lse: Tensor, stride: int, memory: int, stop: int) -> Tensor:
-    """query: [queries, heads, dim]; key: [heads, rows, dim]; bias: [heads, rows]; lse: [heads, queries] -> [heads,
+def mass(query: Tensor, key: Tensor, count: Tensor, lse: Tensor, stride: int, memory: int, stop: int) -> Tensor:
+    """query: [queries, heads, dim]; key: [heads, rows, dim]; count: [heads, rows]; lse: [heads, queries] -> [heads,
     stop]."""
     result = torch.zeros(query.shape[1], stop, dtype=torch.float64)
     lines = range(0, query.shape[0], stride)
@@ -15,6 +15,6 @@ def mass(query: Tensor, key: Tensor, bias: Tensor, lse: Tensor, stride: int, mem
         for column in range(stop):
             for line in lines:
                 logit = query[line, head].double() @ key[head, column].double() * query.shape[-1] ** -0.5
-                logit += bias[head, column].double() if column < memory else 0.0
-                result[head, column] += (logit - lse[head, line].double()).exp() / len(lines)
+                members = count[head, column].double() if column < memory else 1.0
+                result[head, column] += members * (logit - lse[head, line].double()).exp() / len(lines)
     return result

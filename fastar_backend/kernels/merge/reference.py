@@ -1,5 +1,5 @@
 """What `place_kernel` and `merge_kernel` compute, in plain loops and float64. State and entries are dicts of tensors:
-key, value, code [heads, rows, dim], count, usage [heads, rows]."""
+key, value [heads, rows, dim], code [heads, slots, dim], count, usage [heads, rows]."""
 
 from __future__ import annotations
 
@@ -23,17 +23,14 @@ def place(state: State, slot: Tensor, newcomer: Tensor, replace: Tensor, new: St
 def merge(state: State, target: Tensor, new: State, renew: bool) -> State:
     """target: [heads, tokens] the slot of each token, or one past the last: nowhere."""
     result = {name: value.clone() for name, value in state.items()}
-    slots = state["count"].shape[1]
+    slots = state["code"].shape[1]
     for head in range(target.shape[0]):
         for token in range(target.shape[1]):
             to = int(target[head, token])
             if to >= slots:
                 continue
-            before, plus = result["count"][head, to].double(), new["count"][head, token].double()
-            value = before * result["value"][head, to].double() + plus * new["value"][head, token].double()
-            result["value"][head, to] = value / (before + plus)
-            result["count"][head, to] += plus
-            result["usage"][head, to] += new["usage"][head, token]
+            for name in ("value", "count", "usage"):
+                result[name][head, to] += new[name][head, token]
             if renew:
                 for name in ("key", "code"):
                     result[name][head, to] = new[name][head, token]

@@ -1,0 +1,347 @@
+"""FAST-AR at full scale: Wan2.1-1.3B's causal transformer at 480x832 on one GPU, thousands of frames.
+
+    python -m benchmarks.wan --out DIR                      # headline: FAST-AR, window and dense; decoder included
+    python -m benchmarks.wan --part streams --out DIR       # streams per GPU at 16 FPS
+    python -m benchmarks.wan --part table --out DIR         # where the time of a chunk goes, and each part's floor
+
+Random weights, so that nothing has to be downloaded: random content has no redundancy, which is the worst case for a
+cache and honest for speed, since the budget is hard. Quality is measured elsewhere. Every chunk is timed from the call of
+`StreamEngine.step` to its frames in host memory: four denoising passes, the pass that writes the cache, merging, decoding,
+copy out. Dense attention uses the faster of cuDNN and FlashAttention for its shape (measured first)."""
+
+from __future__ import annotations
+
+import gc
+import json
+import math
+import statistics
+import time
+from pathlib import Path
+from typing import Annotated, Any
+
+import numpy as np
+import torch
+import typer
+from torch import nn
+
+from fastar_backend.attention.batch import StreamsAttend
+from fastar_backend.config import AttentionConfig, ModelConfig, SamplerConfig
+from fastar_backend.engine.engine import StreamEngine
+from fastar_backend.engine.stream import ChunkRequest, StreamOptions
+from fastar_backend.errors import FastarError
+from fastar_backend.model.dit import CausalDiT
+from fastar_backend.model.fp8 import quantise_blocks
+from fastar_backend.model.taehv import TinyDecoder
+from fastar_backend.model.wan_vae import WanDecoder
+from fastar_backend.model.world import World, WorldConfig
+
+FRAMES = 12  # of a chunk, but for the first, which has 9
+POLICIES = {
+    "fastar": AttentionConfig(budget_frames=6, recent_frames=3),
+    "window": AttentionConfig(kind="window", budget_frames=6, sink_frames=3),
+    "dense": AttentionConfig(kind="dense"),
+}
+
+
+class RandomText:
+    """Embedded prompts without a text encoder: 40 tokens, zero-padded as umT5's are."""
+
+    def __init__(self, model: ModelConfig, device: torch.device, dtype: torch.dtype) -> None:
+        self.model, self.on = model, {"device": device, "dtype": dtype}
+
+    def __call__(self, prompts: list[str]) -> torch.Tensor:
+        out = torch.zeros(len(prompts), self.model.text_tokens, self.model.text_dim, **self.on)
+        out[:, :40] = torch.randn(len(prompts), 40, self.model.text_dim, **self.on)
+        return out
+
+
+def randomise(module: nn.Module) -> None:
+    """Weights of the size that keeps activations near 1; biases and modulations small."""
+    for name, value in module.named_parameters():
+        if value.dim() > 1 and "modulation" not in name:
+            nn.init.normal_(value, std=value[0].numel() ** -0.5)
+        elif name.endswith(("norm_q.weight", "norm_k.weight", "norm3.weight", "gamma")):
+            nn.init.ones_(value)
+        else:
+            nn.init.normal_(value, std=0.02)
+
+
+def make_world(decoder: str, layers: int, tiny: bool, device: str, dtype: torch.dtype) -> World:
+    changes: dict[str, Any] = {"layers": layers}
+    if tiny:
+        changes |= {"dim": 256, "heads": 2, "ffn_dim": 512, "text_dim": 64, "latent_height": 8, "latent_width": 12}
+    model = ModelConfig(**changes)
+    config = WorldConfig(
+        name="wan-random", native_fps=16, frames_per_latent=4, buttons=(), scenarios={}, starts={}, model=model,
+        sampler=SamplerConfig(),
+    )  # fmt: skip
+    on = torch.device(device)
+    with on:
+        dit = CausalDiT(model).to(on, dtype).eval().requires_grad_(False)
+        pixels = (TinyDecoder(64 if tiny else 256) if decoder == "taehv" else WanDecoder(16 if tiny else 96)).to(dtype)
+    randomise(dit)
+    randomise(pixels)
+    return World(config, dit, RandomText(model, on, dtype), pixels.eval().requires_grad_(False), None, {})
+
+
+def make_engine(world: World, *, compiled: bool, fp8: bool, attention: AttentionConfig) -> StreamEngine:
+    torch.backends.cudnn.benchmark = True
+    if fp8:
+        quantise_blocks(world.dit)
+    if compiled:
+        world.dit.compile_blocks()
+        world.decoder.decode = torch.compile(world.decoder.decode, dynamic=False)
+    return StreamEngine(world, attention, max_streams=64, stream_bytes=1 << 62)
+
+
+def advance(engine: StreamEngine, streams: list[int]) -> list[Any]:
+    chunks = engine.step([ChunkRequest(stream, ("",)) for stream in streams])
+    for chunk in chunks:
+        if isinstance(chunk, FastarError):
+            raise chunk
+    return chunks
+
+
+def rollout(engine: StreamEngine, policy: AttentionConfig, frames: int, seconds: float) -> dict[str, Any]:
+    """One stream until so many frames, or the time or the memory is over."""
+    gc.collect()
+    torch.cuda.empty_cache()
+    torch.cuda.reset_peak_memory_stats()
+    engine.open(1, "a forest in the rain", StreamOptions(seed=1, start="nothing", attention=policy))
+    times, made, memory, stopped = [], [], [], "frames"
+    began = time.perf_counter()
+    chunk = None
+    try:
+        while sum(made) < frames and stopped == "frames":
+            start = time.perf_counter()
+            (chunk,) = advance(engine, [1])
+            times.append(time.perf_counter() - start)
+            made.append(len(chunk.frames))
+            memory.append(torch.cuda.max_memory_allocated() / 2**30)
+            torch.cuda.reset_peak_memory_stats()
+            if time.perf_counter() - began > seconds:
+                stopped = "time"
+    except FastarError:
+        stopped = "memory"  # `step` reports running out of memory as a failed step, and closes the stream
+    engine.close(1)
+    count = np.cumsum(made).tolist()
+    result = {"frames": count, "seconds": times, "peak_gib": memory, "stopped_by": stopped}
+    if len(times) > 12:
+        steady, tenth = times[8:], max(1, (len(times) - 8) // 10)
+        result |= {
+            "fps": FRAMES / statistics.median(steady), "fps_last": FRAMES / statistics.median(times[-tenth:]),
+            "fps_whole": sum(made[1:]) / sum(times[1:]),
+            "flat": statistics.median(steady[:tenth]) / statistics.median(times[-tenth:]),
+            "memory_growth": memory[-1] / max(memory[8], memory[9]) - 1,
+            "stream_gib": None if chunk is None else chunk.stats.cache_bytes / 2**30,
+            "density": None if chunk is None else chunk.stats.density,
+            "cache_tokens": None if chunk is None else chunk.stats.cache_tokens,
+        }  # fmt: skip
+    return result
+
+
+@torch.inference_mode()
+def many(engine: StreamEngine, policy: AttentionConfig, streams: int, chunks: int = 6) -> dict[str, Any]:
+    """Streams in one step, all caches full."""
+    gc.collect()
+    torch.cuda.empty_cache()
+    numbers = list(range(1, streams + 1))
+    for number in numbers:
+        engine.open(number, "a forest in the rain", StreamOptions(seed=number, start="nothing", attention=policy))
+        engine._fill(engine.streams[number])
+    try:
+        for _ in range(3):
+            advance(engine, numbers)
+        torch.cuda.reset_peak_memory_stats()
+        times = []
+        for _ in range(chunks):
+            start = time.perf_counter()
+            advance(engine, numbers)
+            times.append(time.perf_counter() - start)
+        each = FRAMES / statistics.median(times)
+        return {"streams": streams, "fps_each": each, "fps_worst": FRAMES / max(times), "fps_total": each * streams,
+                "peak_gib": torch.cuda.max_memory_allocated() / 2**30}  # fmt: skip
+    finally:
+        for number in numbers:
+            engine.close(number)
+
+
+def milliseconds(act: Any, repeats: int = 5) -> float:
+    act()
+    times = []
+    for _ in range(repeats):
+        start, stop = torch.cuda.Event(enable_timing=True), torch.cuda.Event(enable_timing=True)
+        start.record()
+        act()
+        stop.record()
+        stop.synchronize()
+        times.append(start.elapsed_time(stop))
+    return statistics.median(times)
+
+
+@torch.inference_mode()
+def table(engine: StreamEngine, policy: AttentionConfig) -> dict[str, Any]:
+    """Where the time of a chunk goes, each part by itself with full caches (milliseconds), and floors from this machine's
+    own bf16 product and copy rates."""
+    model, shape, device = engine.world.config.model, engine.shape, engine.device
+    engine.open(1, "a forest in the rain", StreamOptions(seed=1, start="nothing", attention=policy))
+    stream = engine.streams[1]
+    engine._fill(stream)
+    advance(engine, [1])
+    caches = stream.caches
+    passes = len(engine.world.config.sampler.sigmas) + 1
+    like = (1, shape.chunk_tokens, shape.heads, shape.head_dim)
+    q, k, v = (torch.randn(like, device=device, dtype=engine.dtype) for _ in range(3))
+    a, b = (torch.randn(8192, 8192, device=device).bfloat16() for _ in range(2))
+    matmul = 2 * 8192**3 / milliseconds(lambda: a @ b, 20) / 1e9
+    x = torch.empty(1 << 30, dtype=torch.uint8, device=device)
+    copy = 2 * x.nbytes / milliseconds(lambda: x.clone(), 20) / 1e9
+    caches.begin(stream.latent_frame)
+    layers = [StreamsAttend(shape, [cache], [None], progress=0.5, write=False) for cache in caches]
+    writing = [StreamsAttend(shape, [cache], [None], progress=1.0, write=True) for cache in caches]
+    nothing = [lambda query, key, value: value] * model.layers
+    crossed = [lambda query: query] * model.layers
+    latents = torch.randn(1, shape.chunk_frames, model.latent_channels, model.latent_height, model.latent_width,
+                          device=device, dtype=engine.dtype)  # fmt: skip
+    sigma = torch.full((1, shape.chunk_frames), 0.5, device=device)
+    text = q.flatten(1, 1)[0].transpose(0, 1)
+    parts = {
+        "linear": passes * milliseconds(lambda: engine.world.dit(latents, sigma, None, nothing, crossed)),
+        "self_attention": (passes - 1) * milliseconds(lambda: [layer(q, k, v) for layer in layers])
+        + milliseconds(lambda: [layer(q, k, v) for layer in writing]),
+        "cross_attention": passes * milliseconds(lambda: [layer.attend(text) for layer in stream.text]),
+        "turn": milliseconds(lambda: caches.begin(stream.latent_frame)),
+        "merge": milliseconds(caches.commit),
+        "decode": milliseconds(lambda: engine.world.decoder.decode(latents[0], stream.decoded)),
+    }
+    keys = caches.stats().tokens + shape.chunk_tokens
+    per_token = 2 * (4 * model.dim**2 + 2 * model.dim**2 + 2 * model.dim * model.ffn_dim) * model.layers
+    floors = {
+        "linear": passes * shape.chunk_tokens * per_token / matmul / 1e9,
+        "self_attention": passes * model.layers * 4 * shape.chunk_tokens * keys * model.dim / matmul / 1e9,
+    }
+    start = time.perf_counter()
+    for _ in range(5):
+        advance(engine, [1])
+    whole = (time.perf_counter() - start) / 5 * 1000
+    engine.close(1)
+    return {"matmul_tflops": matmul, "copy_tb_s": copy, "parts_ms": parts, "floors_ms": floors, "chunk_ms": whole,
+            "keys": keys}  # fmt: skip
+
+
+def markdown(result: dict[str, Any]) -> str:
+    lines = [f"{result['device']}, torch {result['torch']}, {result['settings']}", ""]
+    if runs := result.get("rollouts"):
+        lines += ["| | steady FPS | last tenth FPS | whole run FPS | last / first tenth | peak GiB, first -> last | stopped by |",
+                  "|---|---|---|---|---|---|---|"]  # fmt: skip
+        for name, run in runs.items():
+            if "fps" in run:
+                lines.append(
+                    f"| {name} | {run['fps']:.1f} | {run['fps_last']:.1f} | {run['fps_whole']:.1f} | {run['flat']:.3f} | "
+                    f"{run['peak_gib'][8]:.1f} -> {run['peak_gib'][-1]:.1f} | {run['stopped_by']} at {run['frames'][-1]} |"
+                )
+    for row in result.get("streams", ()):
+        lines.append(
+            f"{row['policy']}: {row['streams']} streams, {row['fps_each']:.1f} FPS each, {row['peak_gib']:.1f} GiB"
+        )
+    if parts := result.get("table"):
+        lines += ["", f"A chunk takes {parts['chunk_ms']:.0f} ms.", "", "| part | ms | floor |", "|---|---|---|"]
+        for name, value in parts["parts_ms"].items():
+            floor = parts["floors_ms"].get(name)
+            lines.append(f"| {name} | {value:.1f} | {'' if floor is None else f'{floor:.0f}'} |")
+    return "\n".join(lines) + "\n"
+
+
+def plot(runs: dict[str, Any], path: Path) -> None:
+    import matplotlib
+
+    matplotlib.use("Agg")
+    from matplotlib import pyplot
+
+    figure, (left, right) = pyplot.subplots(1, 2, figsize=(11, 4), layout="constrained")
+    for name, run in runs.items():
+        frames, seconds = np.array(run["frames"][1:]), np.array(run["seconds"][1:])
+        smooth = np.array([np.median(seconds[max(0, i - 2) : i + 3]) for i in range(len(seconds))])
+        left.plot(frames, FRAMES / smooth, label=name)
+        right.plot(frames, run["peak_gib"][1:], label=name)
+        if run["stopped_by"] == "memory":
+            right.annotate("out of memory", (frames[-1], run["peak_gib"][-1]), ha="left", va="top")
+    left.set(xlabel="frame", ylabel="frames per second", ylim=(0, None), title="speed, frames in host memory")
+    right.set(xlabel="frame", ylabel="GiB", ylim=(0, None), title="peak GPU memory of each chunk")
+    left.legend()
+    figure.savefig(path, dpi=110)
+
+
+def main(
+    out: Path = Path("out/wan"),
+    part: Annotated[str, typer.Option(help="rollouts, streams or table; several by commas.")] = "rollouts",
+    policies: str = "fastar,window,dense",
+    frames: int = 2880,
+    seconds: Annotated[float, typer.Option(help="Limit for each rollout.")] = 240.0,
+    decoder: Annotated[str, typer.Option(help="wan or taehv.")] = "taehv",
+    layers: int = 30,
+    compiled: bool = True,
+    fp8: bool = False,
+    budget: Annotated[int, typer.Option(help="Latent frames; half of them the newest, whole.")] = 6,
+    streams: str = "1,2,4,6",
+    tiny: Annotated[bool, typer.Option(help="A reduced model, to see that it runs.")] = False,
+) -> None:
+    torch.manual_seed(0)
+    out.mkdir(parents=True, exist_ok=True)
+    recent = max(3, budget // 2 // 3 * 3)
+    policies_of = POLICIES | {
+        "fastar": AttentionConfig(budget_frames=budget, recent_frames=recent),
+        "window": AttentionConfig(kind="window", budget_frames=budget, sink_frames=3),
+    }
+    world = make_world(decoder, layers, tiny, "cuda", torch.bfloat16)
+    engine = make_engine(world, compiled=compiled, fp8=fp8, attention=policies_of["fastar"])
+    settings = {
+        "decoder": decoder,
+        "compiled": compiled,
+        "fp8": fp8,
+        "budget": budget,
+        "recent": recent,
+        "layers": layers,
+    }
+    result: dict[str, Any] = {"device": torch.cuda.get_device_name(), "torch": torch.__version__, "settings": settings}
+
+    def save() -> None:
+        (out / "wan.json").write_text(json.dumps(result, indent=1))
+        (out / "wan.md").write_text(markdown(result))
+
+    began = time.perf_counter()
+    engine.open(1, "a forest in the rain", StreamOptions(seed=1, start="nothing"))
+    for _ in range(3):
+        advance(engine, [1])
+    engine.close(1)
+    result["warm_up_seconds"] = time.perf_counter() - began
+    print(f"warm-up {result['warm_up_seconds']:.0f} s", flush=True)
+    if "table" in part:
+        result["table"] = table(engine, policies_of["fastar"])
+        save()
+    if "rollouts" in part:
+        result["rollouts"] = {}
+        for name in policies.split(","):
+            run = rollout(engine, policies_of[name], frames, seconds)
+            result["rollouts"][name] = run
+            print(name, {key: value for key, value in run.items() if not isinstance(value, list)}, flush=True)
+            save()
+        plot(result["rollouts"], out / "wan.png")
+    if "streams" in part:
+        result["streams"] = []
+        for number in map(int, streams.split(",")):
+            try:
+                row = many(engine, policies_of["fastar"], number)
+            except (FastarError, torch.cuda.OutOfMemoryError) as error:
+                print(f"{number} streams: {type(error).__name__}", flush=True)
+                break
+            result["streams"].append({"policy": "fastar"} | row)
+            print(row, flush=True)
+            save()
+    if math.isfinite(seconds):
+        save()
+    print(markdown(result))
+
+
+if __name__ == "__main__":
+    typer.run(main)
