@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import Any, Literal
 
-from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
+from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator, model_validator
 
 from fastar_backend.errors import InvalidInput
 
@@ -23,7 +23,9 @@ def parse(kind: type[Config], values: Any, field: str) -> Any:
         first = error.errors()[0]
         path = ".".join([field, *(str(part) for part in first["loc"])])
         known = ", ".join(sorted(kind.model_fields))
-        allowed = f"one of {known}" if first["type"] == "extra_forbidden" else first["msg"]
+        allowed = (
+            f"one of {known}" if first["type"] == "extra_forbidden" else first["msg"].removeprefix("Value error, ")
+        )
         raise InvalidInput(path, f"got {first['input']!r:.80}", allowed) from None
 
 
@@ -52,8 +54,13 @@ class ModelConfig(Config):
     def _divisible(self) -> ModelConfig:
         if self.dim % self.heads or self.head_dim % 2 or self.head_dim < 6:
             raise ValueError("dim must be a multiple of heads, and the head dimension even and at least 6")
-        if self.patch[0] != 1 or self.latent_height % self.patch[1] or self.latent_width % self.patch[2]:
-            raise ValueError("patch must be (1, h, w) with h and w dividing the latent height and width")
+        if self.patch[0] != 1 or min(self.patch) < 1:
+            raise ValueError(f"patch must be (1, height, width), and is {self.patch}")
+        for name, step in (("latent_height", self.patch[1]), ("latent_width", self.patch[2])):
+            if (size := getattr(self, name)) % step:
+                below = size // step * step
+                fit = f"{below} or {below + step}" if below else f"{step}"
+                raise ValueError(f"{name} must be a multiple of the patch's {step}: {fit}, not {size}")
         return self
 
     @classmethod
@@ -146,3 +153,15 @@ class AttentionConfig(Config):
         if self.kind == "fastar" and self.sink_frames + self.recent_frames > self.budget_frames:
             raise ValueError("budget_frames must hold sink_frames + recent_frames")
         return self
+
+
+class ExecutionConfig(Config):
+    """How the transformer of a world is run. The defaults change no number beyond rounding."""
+
+    precision: Literal["auto", "fp8"] = "auto"  # auto: the world's own; fp8: its blocks' linear layers in e4m3
+    compile: bool | None = None  # its blocks by torch.compile; None ("auto"): on a GPU, in bfloat16
+
+    @field_validator("compile", mode="before")
+    @classmethod
+    def _auto(cls, value: Any) -> Any:
+        return None if value == "auto" else value

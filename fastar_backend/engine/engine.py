@@ -20,12 +20,14 @@ from torch import Tensor
 
 from fastar_backend.attention import CacheShape, bytes_of_caches
 from fastar_backend.attention.batch import StreamsAttend, StreamsAttendText
-from fastar_backend.config import AttentionConfig
+from fastar_backend.config import AttentionConfig, ExecutionConfig
+from fastar_backend.engine.checks import check_attention, check_device, check_memory
 from fastar_backend.engine.snapshot import Snapshot, fingerprint
 from fastar_backend.engine.stream import Chunk, ChunkRequest, ChunkStats, Stream, StreamOptions
 from fastar_backend.errors import AtCapacity, FastarError, InvalidInput, SnapshotError, UnknownStream
 from fastar_backend.model.autoencoder import unit_rms
 from fastar_backend.model.decoder import state_bytes
+from fastar_backend.model.tuning import tune
 from fastar_backend.model.world import World, load_world
 
 log = logging.getLogger(__name__)
@@ -40,9 +42,11 @@ class StreamEngine:
         self, world: World, attention: AttentionConfig, max_streams: int = 8, stream_bytes: int | None = None,
         deterministic: bool = False,
     ) -> None:  # fmt: skip
-        """stream_bytes: caches of one stream may not grow beyond; dense attention and recall probes do grow. None: 4 GiB,
-        or what the default attention takes.
-        deterministic: streams are computed one by one, so that no bit of one depends on who shares its step."""
+        """stream_bytes: caches of one stream may not grow beyond; dense attention and recall probes do grow. None: 4
+        GiB, or what the default attention takes.
+        deterministic: streams are computed one by one, so that no bit of one depends on who shares its step. Raises
+        InvalidInput."""
+        check_attention(attention, world.config.sampler.latent_frames_per_chunk, "attention")
         self.world, self.attention, self.max_streams = world, attention, max_streams
         self.deterministic = deterministic
         model, sampler = world.config.model, world.config.sampler
@@ -60,11 +64,18 @@ class StreamEngine:
 
     @classmethod
     def load(cls, world: str = "doom", device: str = "cpu", attention: AttentionConfig | None = None,
-             max_streams: int = 8, dtype: torch.dtype = torch.float32, *, deterministic: bool = False,
-             ) -> StreamEngine:  # fmt: skip
-        """world: an embedded world's name or a folder. Raises WeightsError."""
+             max_streams: int = 8, dtype: torch.dtype | None = None, *, deterministic: bool = False,
+             execution: ExecutionConfig | None = None) -> StreamEngine:  # fmt: skip
+        """world: an embedded world's name or a folder. dtype: None is the world's own. Raises WeightsError,
+        InvalidInput."""
+        check_device(device)
+        if torch.device(device).type == "cuda":
+            torch.backends.cudnn.benchmark = True  # all of a world's convolutions have one shape
         loaded = load_world(world, device, dtype)
-        return cls(loaded, attention or AttentionConfig(), max_streams, deterministic=deterministic)
+        tune(loaded.dit, execution or ExecutionConfig())
+        engine = cls(loaded, attention or AttentionConfig(), max_streams, deterministic=deterministic)
+        check_memory(engine.device, engine.attention, engine._bounded_bytes, max_streams)
+        return engine
 
     def world_info(self) -> dict:
         return self.world.info()
@@ -363,7 +374,9 @@ class StreamEngine:
         return videos
 
     def _noise(self, streams: list[Stream]) -> Tensor:
-        return self._moved(torch.stack([stream.draw(self.latent_shape) for stream in streams]), self.device).to(self.dtype)
+        return self._moved(torch.stack([stream.draw(self.latent_shape) for stream in streams]), self.device).to(
+            self.dtype
+        )
 
     def _moved(self, x: Tensor, device: torch.device) -> Tensor:
         """To the device or from it through pinned memory: the host does not wait."""

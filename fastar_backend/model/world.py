@@ -4,74 +4,30 @@ from __future__ import annotations
 
 import dataclasses
 import json
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from pathlib import Path
+from typing import TypeVar
 
 import numpy as np
 import torch
 from PIL import Image
-from pydantic import Field, model_validator
 from safetensors import SafetensorError
 from safetensors.torch import load_file
-from torch import Tensor
+from torch import Tensor, nn
 
-from fastar_backend.config import Config, ModelConfig, SamplerConfig, parse
+from fastar_backend.config import parse
 from fastar_backend.errors import InvalidInput, WeightsError
 from fastar_backend.model.autoencoder import FrameAutoencoder, FrameDecoder
-from fastar_backend.model.decoder import Decoder
+from fastar_backend.model.checkpoint import load_transformer
+from fastar_backend.model.decoder import Decoder, load_decoder
 from fastar_backend.model.dit import CausalDiT
 from fastar_backend.model.text import HashedWords, words
+from fastar_backend.model.umt5 import UMT5Text
+from fastar_backend.model.world_config import Scenario, Sources, Start, WorldConfig
 
+__all__ = ["Scenario", "Sources", "Start", "World", "WorldConfig", "load_world"]
+_Part = TypeVar("_Part", bound=nn.Module)
 EMBEDDED = Path(__file__).parent.parent / "worlds"
-
-
-class Scenario(Config):
-    prompt: str  # an example that works
-    keywords: tuple[str, ...]  # words by which start="auto" recognises it in a prompt
-
-
-class Start(Config):
-    """Real first frames: `<name>.png`, the frames side by side, and the action of each latent frame."""
-
-    scenario: str
-    actions: tuple[str, ...]
-
-
-class WorldConfig(Config):
-    name: str
-    native_fps: float = Field(gt=0)
-    frames_per_latent: int = Field(gt=0)
-    buttons: tuple[str, ...]
-    scenarios: dict[str, Scenario]
-    starts: dict[str, Start]
-    model: ModelConfig
-    sampler: SamplerConfig
-
-    @model_validator(mode="after")
-    def _consistent(self) -> WorldConfig:
-        if self.model.action_dim not in (0, len(self.buttons)):
-            raise ValueError(f"model.action_dim must be 0 or the number of buttons, {len(self.buttons)}")
-        for name, start in self.starts.items():
-            if start.scenario not in self.scenarios:
-                raise ValueError(f"starts.{name}.scenario must be one of {', '.join(self.scenarios)}")
-            if not start.actions or len(start.actions) % self.sampler.latent_frames_per_chunk:
-                raise ValueError(f"starts.{name}.actions must fill whole chunks")
-            if unknown := {b for action in start.actions for b in action.split("+") if b} - set(self.buttons):
-                raise ValueError(f"starts.{name}.actions has unknown buttons {', '.join(sorted(unknown))}")
-        return self
-
-    @property
-    def height(self) -> int:
-        return self.model.latent_height * FrameAutoencoder.stride
-
-    @property
-    def width(self) -> int:
-        return self.model.latent_width * FrameAutoencoder.stride
-
-    @property
-    def chunk_frames(self) -> int:
-        """Video frames of one chunk."""
-        return self.frames_per_latent * self.sampler.latent_frames_per_chunk
 
 
 @dataclasses.dataclass
@@ -98,7 +54,8 @@ class World:
         vector = torch.zeros(len(self.config.buttons))
         for button in filter(None, action.split("+")):
             if button not in self.config.buttons:
-                raise InvalidInput(field, f"unknown button {button!r:.40}", ", ".join(self.config.buttons))
+                known = ", ".join(self.config.buttons) or '"" alone, for this world has no buttons'
+                raise InvalidInput(field, f"unknown button {button!r:.40}", known)
             vector[self.config.buttons.index(button)] = 1
         return vector
 
@@ -118,10 +75,11 @@ class World:
         return next((key for key, start in self.config.starts.items() if start.scenario == best), None)
 
 
-def load_world(name: str, device: torch.device | str, dtype: torch.dtype = torch.float32) -> World:
-    """Loads an embedded world by name, or any by folder: world.json, weights.safetensors, starts/<name>.png.
+def load_world(name: str, device: torch.device | str, dtype: torch.dtype | None = None) -> World:
+    """Loads an embedded world by name, or any by folder: world.json, weights.safetensors (of the parts that its
+    `sources` do not name), starts/<name>.png. dtype: None is the world's own.
 
-    Raises WeightsError when something is missing, corrupt or does not fit.
+    Raises WeightsError when something is missing, corrupt, does not fit, or is too large for the device.
     """
     folder = Path(name) if "/" in name or Path(name).is_dir() else EMBEDDED / name
     if not folder.is_dir():
@@ -131,30 +89,83 @@ def load_world(name: str, device: torch.device | str, dtype: torch.dtype = torch
         config: WorldConfig = parse(WorldConfig, json.loads((folder / "world.json").read_text()), "world.json")
     except (OSError, ValueError, InvalidInput) as error:
         raise WeightsError(f"world: cannot read {folder / 'world.json'}: {error}") from None
-    path = folder / "weights.safetensors"
     try:
-        state = load_file(path)
-    except (OSError, SafetensorError, ValueError) as error:
-        raise WeightsError(f"world: cannot read {path}: {error}") from None
-    autoencoder = FrameAutoencoder(config.model.latent_channels, config.frames_per_latent)
-    world = World(
-        config,
-        CausalDiT(config.model),
-        HashedWords(config.model.text_dim, config.model.text_tokens),
-        FrameDecoder(autoencoder),
-        autoencoder,
-        {},
-    )
-    for prefix, module in (("dit.", world.dit), ("text.", world.text), ("autoencoder.", world.autoencoder)):
-        part = {key.removeprefix(prefix): value for key, value in state.items() if key.startswith(prefix)}
-        _load(module, part, f"{path} ({prefix[:-1]})")
-        module.to(device, dtype).eval().requires_grad_(False)
-    for start in config.starts:
-        world.starts[start] = _load_start(world, folder / "starts" / f"{start}.png", config.starts[start])
-    return world
+        return _Loader(folder, config, device, dtype or getattr(torch, config.dtype)).world()
+    except torch.OutOfMemoryError:
+        raise WeightsError(
+            f"world: the weights of {config.name} do not fit the free memory of {device}; allowed: a device with more, "
+            "or the same with less in its memory"
+        ) from None
 
 
-def _load(module: torch.nn.Module, state: dict[str, Tensor], where: str) -> None:
+class _Loader:
+    """Each part from its source, or from the folder's weights.safetensors."""
+
+    def __init__(self, folder: Path, config: WorldConfig, device: torch.device | str, dtype: torch.dtype) -> None:
+        self.folder, self.config, self.device, self.dtype = folder, config, device, dtype
+        self.path = folder / "weights.safetensors"
+        self.state: dict[str, Tensor] = {}
+        if config.text == "words" or config.decoder == "frames" or not config.sources.transformer:
+            try:
+                self.state = load_file(self.path)
+            except (OSError, SafetensorError, ValueError) as error:
+                raise WeightsError(f"world: cannot read {self.path}: {error}") from None
+
+    def world(self) -> World:
+        """What is wrong with the small parts is said before the large ones are read."""
+        config, autoencoder = self.config, None
+        text = self.text()
+        if config.decoder == "frames":
+            autoencoder = FrameAutoencoder(config.model.latent_channels, config.frames_per_latent)
+            self.own(autoencoder, "autoencoder")
+            decoder: Decoder = FrameDecoder(autoencoder)
+        else:
+            decoder = load_decoder(config.decoder, self.source(config.sources.decoder), self.device, self.dtype)
+        dit = self.transformer()
+        if config.text == "umt5":
+            text(["a world"])  # reads the encoder: a wrong one is told now, and its memory is not free any more
+        world = World(config, dit, text, decoder, autoencoder, {})
+        for start in config.starts:
+            world.starts[start] = _load_start(world, self.folder / "starts" / f"{start}.png", config.starts[start])
+        return world
+
+    def text(self) -> HashedWords | UMT5Text:
+        model, sources = self.config.model, self.config.sources
+        if self.config.text == "words":
+            return self.own(HashedWords(model.text_dim, model.text_tokens), "text")
+        text = UMT5Text(
+            self.source(sources.text), model.text_tokens, self.device, self.dtype, release=sources.release_text
+        )
+        if text.dim != model.text_dim:
+            raise WeightsError(
+                f"world: {sources.text} makes {text.dim} numbers of a token, and model.text_dim is {model.text_dim}; "
+                f"allowed: model.text_dim {text.dim}, or an encoder that fits the transformer"
+            )
+        return text
+
+    def transformer(self) -> CausalDiT:
+        model, sources = self.config.model, self.config.sources
+        if not sources.transformer:
+            return self.own(CausalDiT(model), "dit")
+        lora = self.source(sources.lora) if sources.lora else None
+        return load_transformer(
+            self.source(sources.transformer), model, device=self.device, dtype=self.dtype, ema=sources.ema, lora=lora
+        )
+
+    def own(self, module: _Part, name: str) -> _Part:
+        """The part with the weights that the folder has for it."""
+        prefix = f"{name}."
+        part = {key.removeprefix(prefix): value for key, value in self.state.items() if key.startswith(prefix)}
+        _fill(module, part, f"{self.path} ({name})")
+        return module.to(self.device, self.dtype).eval().requires_grad_(False)
+
+    def source(self, source: str) -> str:
+        """A path in the world's folder, whatever the working directory holds; else what may be a hub id."""
+        path = self.folder / Path(source).expanduser()
+        return str(path) if path.exists() or "/" not in source or source.startswith((".", "/", "~")) else source
+
+
+def _fill(module: nn.Module, state: Mapping[str, Tensor], where: str) -> None:
     want = {key: tuple(value.shape) for key, value in module.state_dict().items()}
     have = {key: tuple(value.shape) for key, value in state.items()}
     problems = [f"missing {key}" for key in want.keys() - have.keys()]
