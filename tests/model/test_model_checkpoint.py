@@ -15,6 +15,7 @@ import random_world
 import torch
 from diffusers import WanTransformer3DModel
 from safetensors.torch import save_file
+from tiny_wan import renamed
 from torch import Tensor
 
 from fastar_backend.config import ModelConfig
@@ -58,10 +59,6 @@ def check(model: CausalDiT, weights: dict[str, Tensor]) -> None:
     usual = CausalDiT(CONFIG)
     usual.load_state_dict(weights)
     assert forward(model).equal(forward(usual).detach())
-
-
-def renamed(weights: dict[str, Tensor], pattern: str) -> dict[str, Tensor]:
-    return {pattern.format(name): value for name, value in weights.items()}
 
 
 def with_fsdp(name: str) -> str:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import math
 import warnings
 from collections.abc import Callable
 from pathlib import Path
@@ -11,6 +10,7 @@ from pathlib import Path
 import pytest
 import safetensors.torch
 import torch
+from tiny_wan import shaken, write_taehv, write_vae
 from torch import Tensor, nn
 from torch.nn import functional as F
 
@@ -24,18 +24,6 @@ HEIGHT, WIDTH = 3, 5
 DECODERS: dict[str, Callable[[], nn.Module]] = {
     "wan 2d": lambda: WanDecoder(8, "2d"), "wan 3d": lambda: WanDecoder(8, "3d"), "taehv": lambda: TinyDecoder(16),
 }  # fmt: skip
-
-
-def shaken(module: nn.Module, gain: float = 1.5) -> nn.Module:
-    """Random weights, no two alike, large enough that the input shows in the output."""
-    for name, weight in module.named_parameters():
-        if name.endswith("gamma"):
-            weight.data = 1 + 0.3 * torch.randn_like(weight)
-        elif name.endswith("bias"):
-            weight.data = 0.1 * torch.randn_like(weight)
-        else:
-            weight.data = gain * torch.randn_like(weight) / math.sqrt(weight[0].numel())
-    return module.eval().requires_grad_(False)
 
 
 @pytest.fixture(params=DECODERS)
@@ -285,21 +273,7 @@ def test_a_chunk_is_one_graph(latents, name):
 # Loading
 
 
-def native_file(folder: Path) -> tuple[nn.Module, Path]:
-    """As Wan2.1_VAE.pth: both halves in one."""
-    decoder = shaken(WanDecoder(8))
-    weights = dict(decoder.state_dict()) | {"encoder.conv1.weight": torch.ones(2), "conv1.weight": torch.ones(3)}
-    torch.save(weights, folder / "Wan2.1_VAE.pth")
-    return decoder, folder / "Wan2.1_VAE.pth"
-
-
-def tiny_file(folder: Path) -> tuple[nn.Module, Path]:
-    decoder = shaken(TinyDecoder(16))
-    torch.save(dict(decoder.state_dict()) | {"encoder.0.weight": torch.ones(2)}, folder / "taew2_1.pth")
-    return decoder, folder / "taew2_1.pth"
-
-
-@pytest.mark.parametrize(("kind", "write"), [("wan", native_file), ("taehv", tiny_file)])
+@pytest.mark.parametrize(("kind", "write"), [("wan", write_vae), ("taehv", write_taehv)])
 @pytest.mark.parametrize("by", ["file", "folder"])
 def test_weights_arrive_unchanged(tmp_path, latents, kind, write, by):
     decoder, path = write(tmp_path)
@@ -322,7 +296,7 @@ def test_a_diffusers_folder(tmp_path, diffusers_vae, latents, inside):
 
 def test_of_the_hub_the_decoder_only(tmp_path, monkeypatch):
     """At the top of Wan's repositories diffusion_pytorch_model.safetensors is the transformer, of gigabytes."""
-    native_file(tmp_path)
+    write_vae(tmp_path)
     asked = {}
 
     def locate(source: str, patterns: tuple[str, ...]) -> Path:
@@ -395,8 +369,8 @@ DAMAGE = {
 @pytest.mark.parametrize("name", DAMAGE)
 def test_damage_is_a_weights_error_of_one_line(tmp_path, name):
     kind, pattern, act = DAMAGE[name]
-    native_file(tmp_path)
-    tiny_file(tmp_path)
+    write_vae(tmp_path)
+    write_taehv(tmp_path)
     act(tmp_path)
     with pytest.raises(WeightsError, match=pattern) as caught:
         load_decoder(kind, str(tmp_path), "cpu", torch.float32)

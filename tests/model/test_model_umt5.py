@@ -8,10 +8,10 @@ import weakref
 from pathlib import Path
 
 import pytest
+import tiny_wan
 import torch
 import transformers
 from safetensors.torch import load_file, save_file
-from tokenizers import Tokenizer, models, pre_tokenizers, processors
 from torch import Tensor
 
 from fastar_backend.errors import WeightsError
@@ -19,36 +19,13 @@ from fastar_backend.model import umt5
 from fastar_backend.model.umt5 import UMT5Text
 
 LENGTH = 11
-WORDS = [*"abcdefghijklmnopqrstuvwxyz'\"&.", "maze", "metal", "rooms", "dark", "of", "hall", "grey", "<b>"]
 PROMPTS = ["a maze of metal rooms", "a", "a grey hall of dark metal rooms of a dark grey hall of a maze", ""]
 
 
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory) -> Path:
     """Of diffusers' layout; read-only."""
-    folder = tmp_path_factory.mktemp("umt5")
-    vocabulary = {word: index for index, word in enumerate(["<pad>", "</s>", "<unk>", *WORDS])}
-    tokenizer = Tokenizer(models.WordLevel(vocabulary, unk_token="<unk>"))
-    tokenizer.pre_tokenizer = pre_tokenizers.WhitespaceSplit()
-    tokenizer.post_processor = processors.TemplateProcessing(single="$A </s>", special_tokens=[("</s>", 1)])
-    transformers.PreTrainedTokenizerFast(
-        tokenizer_object=tokenizer, pad_token="<pad>", eos_token="</s>", unk_token="<unk>", model_max_length=512
-    ).save_pretrained(folder / "tokenizer")
-    torch.manual_seed(31)
-    config = transformers.UMT5Config(
-        vocab_size=len(vocabulary),
-        d_model=20,
-        d_kv=5,
-        d_ff=28,
-        num_layers=3,
-        num_heads=4,
-        feed_forward_proj="gated-gelu",
-    )
-    encoder = transformers.UMT5EncoderModel(config)
-    for parameter in encoder.parameters():
-        torch.nn.init.normal_(parameter, std=0.6)
-    encoder.save_pretrained(folder / "text_encoder")
-    return folder
+    return tiny_wan.write_text(tmp_path_factory.mktemp("umt5"))
 
 
 def directly(folder: Path, prompts: list[str]) -> Tensor:
