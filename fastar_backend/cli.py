@@ -41,12 +41,23 @@ def serve(
     grpc_port: Annotated[int, typer.Option(help="What clients connect to; 0 picks a free one.")] = 8001,
     metrics_port: Annotated[int, typer.Option(help="Prometheus metrics; 0 picks a free one.")] = 8002,
     world: Annotated[
-        str, typer.Option(envvar="FASTAR_WORLD", help="A built-in world, or a folder with a checkpoint.")
+        str, typer.Option(envvar="FASTAR_WORLD", help="A built-in world, or a folder with a world.json.")
     ] = "doom",
     device: Annotated[str, typer.Option(envvar="FASTAR_DEVICE", help="auto, cpu or cuda.")] = "auto",
     attention: Annotated[
         str, typer.Option(envvar="FASTAR_ATTENTION", help="dense, window, fastar, or JSON of all its settings.")
     ] = "fastar",
+    precision: Annotated[
+        str, typer.Option(envvar="FASTAR_PRECISION", help="auto, or fp8: the blocks' linear layers in 8 bits.")
+    ] = "auto",
+    compile: Annotated[
+        bool | None,
+        typer.Option(
+            "--compile/--no-compile",
+            help="torch.compile the model: a slower start, faster chunks.",
+            show_default="on a GPU, for worlds in bfloat16",
+        ),
+    ] = None,
     config: Annotated[
         Path | None, typer.Option(help="JSON file of limits (ServiceConfig); the options beside it win.")
     ] = None,

@@ -9,7 +9,7 @@ from typing import Any, Literal
 
 from pydantic import Field, field_validator, model_validator
 
-from fastar_backend.config import AttentionConfig, Config
+from fastar_backend.config import AttentionConfig, ExecutionConfig
 from fastar_backend.errors import FastarError
 from fastar_backend.service.config import ServiceConfig
 
@@ -20,14 +20,14 @@ class ServerError(FastarError):
     code = "UNAVAILABLE"
 
 
-class ServeSettings(Config):
+class ServeSettings(ExecutionConfig):
     """Ports: 0 picks a free one. Times in seconds."""
 
     host: str = "127.0.0.1"
     http_port: int = Field(8000, ge=0, le=65535)
     grpc_port: int = Field(8001, ge=0, le=65535)
     metrics_port: int = Field(8002, ge=0, le=65535)
-    world: str = "doom"  # a built-in name, or a folder with a checkpoint
+    world: str = "doom"  # a built-in name, or a folder with a world.json
     device: Literal["auto", "cpu", "cuda"] = "auto"
     attention: AttentionConfig = AttentionConfig()  # or its JSON, or a kind alone
     service: ServiceConfig = ServiceConfig()  # its fields may also be given here, beside the others

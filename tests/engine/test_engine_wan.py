@@ -130,7 +130,7 @@ def test_the_decoder_remembers(folder):
 
 
 @pytest.mark.parametrize("kind", KINDS)
-@pytest.mark.parametrize("before", [0, 1, 4])
+@pytest.mark.parametrize("before", [0, 4])
 def test_a_snapshot_goes_on_in_another_engine_to_the_bit(folder, kind, before):
     engine, other = load(folder), load(folder)
     engine.open(1, PROMPT, StreamOptions(seed=3, attention=KINDS[kind]))
@@ -171,7 +171,7 @@ def test_two_streams_in_a_batch_are_as_two_alone(folder):
 
 @pytest.mark.parametrize("kind", ["fastar", "window", "paper"])
 def test_the_promised_bytes_are_what_a_stream_holds(folder, kind):
-    """But for what lives during a chunk: a logit bias per key, and reports. Keys of 128 numbers are larger than here."""
+    """But for what lives during a chunk: a logit bias per key, and reports; both are small beside real keys."""
     engine, options = load(folder), StreamOptions(attention=KINDS[kind])
     engine.open(1, PROMPT, options)
     for _ in range(5):

@@ -23,7 +23,7 @@ STATE_BYTES = 64 << 20  # that each stream holds
 
 class StreamEngine(module.StreamEngine):
     @classmethod
-    def load(cls, world="doom", device="cpu", attention=None, max_streams=8, *, deterministic=False):
+    def load(cls, world="doom", device="cpu", attention=None, max_streams=8, *, deterministic=False, execution=None):
         if world != "doom":
             raise WeightsError(f"{world}: no checkpoint here")
         config = copy.deepcopy(tiny_world.CONFIG)

@@ -10,8 +10,11 @@ from pathlib import Path
 import pytest
 from google.protobuf import text_format
 from tritonclient.grpc import model_config_pb2
+from typer.testing import CliRunner
 
-from fastar_backend.config import AttentionConfig, parse
+from fastar_backend import serve
+from fastar_backend.cli import app
+from fastar_backend.config import AttentionConfig, ExecutionConfig, parse
 from fastar_backend.errors import InvalidInput
 from fastar_backend.serve import ServerError, ServeSettings, install, runtime
 from fastar_backend.serve.logs import ServerLog
@@ -33,11 +36,41 @@ def test_the_rendered_configuration_holds_the_settings():
     assert parse(AttentionConfig, json.loads(values.pop("attention")), "attention") == AttentionConfig(kind="window")
     limits = parse(ServiceConfig, json.loads(values.pop("service")), "service")
     assert limits == ServiceConfig(max_streams=3, idle_seconds=1.5)
-    assert values == {"world": '/a "strange" path', "device": "cpu"}
+    assert values == {"world": '/a "strange" path', "device": "cpu", "precision": "auto", "compile": "auto"}
     # What the settings do not touch is as in the file.
     original = text_format.Parse(CONFIG.read_text(), model_config_pb2.ModelConfig())
     assert (message.input, message.output) == (original.input, original.output)
     assert [control.name for control in message.sequence_batching.control_input] == ["START", "END", "READY"]
+
+
+@pytest.mark.parametrize("precision", ["auto", "fp8"])
+@pytest.mark.parametrize("compiled", [None, True, False])
+def test_how_to_execute_reaches_the_model_process(precision, compiled):
+    """As its edge reads it."""
+    settings = parse(ServeSettings, {"precision": precision, "compile": compiled}, "serve")
+    message = text_format.Parse(runtime.render(CONFIG.read_text(), settings), model_config_pb2.ModelConfig())
+    values = {name: message.parameters[name].string_value for name in ExecutionConfig.model_fields}
+    assert parse(ExecutionConfig, values, "execution") == ExecutionConfig(precision=precision, compile=compiled)
+    original = text_format.Parse(CONFIG.read_text(), model_config_pb2.ModelConfig())
+    values = {name: original.parameters[name].string_value for name in ExecutionConfig.model_fields}
+    assert parse(ExecutionConfig, values, "execution") == ExecutionConfig()
+
+
+def test_the_command_line_says_how_to_execute(monkeypatch):
+    seen = []
+
+    class Stop(Exception):
+        pass
+
+    def stop(settings: ServeSettings) -> None:
+        seen.append((settings.precision, settings.compile))
+        raise Stop
+
+    monkeypatch.setattr(serve, "Server", stop)
+    for flags in ([], ["--compile", "--precision", "fp8"], ["--no-compile"]):
+        result = CliRunner().invoke(app, ["serve", *flags])
+        assert isinstance(result.exception, Stop)
+    assert seen == [("auto", None), ("fp8", True), ("auto", False)]
 
 
 def test_settings_say_what_is_wrong():
@@ -46,6 +79,8 @@ def test_settings_say_what_is_wrong():
         ({"attention": "{nope"}, "serve.attention"),
         ({"attention": '{"budget_frames": 0}'}, "serve.attention.budget_frames"),
         ({"grpc_port": 65536}, "serve.grpc_port"),
+        ({"precision": "fp4"}, "serve.precision"),
+        ({"compile": "maybe"}, "serve.compile"),
         ({"max_streams": 0}, "serve.service.max_streams"),
         ({"service": {"utilisation": 2}}, "serve.service.utilisation"),
         ({"service": 3}, "serve.service"),

@@ -11,7 +11,7 @@ from typing import Any
 import torch
 import triton_python_backend_utils as pb_utils
 
-from fastar_backend.config import AttentionConfig, parse
+from fastar_backend.config import AttentionConfig, ExecutionConfig, parse
 from fastar_backend.engine.engine import StreamEngine
 from fastar_backend.errors import InvalidInput
 from fastar_backend.service.config import ServiceConfig
@@ -46,9 +46,10 @@ class TritonPythonModel:
             values = json_object(text, "attention") if text.startswith("{") else {"kind": text}
             attention = parse(AttentionConfig, values, "attention")
             limits = parse(ServiceConfig, json_object(settings["service"], "service"), "service")
+            execution = {name: settings[name] for name in ExecutionConfig.model_fields}
             load = functools.partial(
                 StreamEngine.load, settings["world"], settings["device"], attention, limits.max_streams,
-                deterministic=limits.deterministic,
+                deterministic=limits.deterministic, execution=parse(ExecutionConfig, execution, "execution"),
             )  # fmt: skip
             store = SnapshotStore(limits.snapshots or "memory://fastar", limits.snapshots_kept, limits.snapshot_ttl)
             self.service = Service(load, limits, Metrics(triton_factory(pb_utils)), store, Tracing.from_environment())
