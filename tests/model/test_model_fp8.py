@@ -131,7 +131,9 @@ def test_what_is_asked_is_done(compiled, dtype, precision, asked):
 def test_compiled_blocks_are_the_same(monkeypatch):
     """Through torch.compile's front end; the graphs are run as they are."""
     usual = torch.compile
-    monkeypatch.setattr(torch, "compile", lambda function: usual(function, backend="eager", fullgraph=True))
+    monkeypatch.setattr(
+        torch, "compile", lambda function, **more: usual(function, backend="eager", fullgraph=True, **more)
+    )
     for precision in ("auto", "fp8"):
         plain, dit = transformer(), transformer()
         tune(plain, ExecutionConfig(precision=precision))
