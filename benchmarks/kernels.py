@@ -1,7 +1,7 @@
 """The GPU kernels at Wan2.1-1.3B's shapes (480x832): first compared with float32, then timed beside cuDNN.
 
-`python -m benchmarks.kernels --out DIR` on a GPU of compute capability 9.0 or newer. No speed is reported for a kernel that is
-wrong. Rates count 4 * queries * keys * 128 operations a head (attention), on executed blocks only."""
+`python -m benchmarks.kernels --out DIR` on a GPU of compute capability 9.0 or newer. No speed is reported for a kernel
+that is wrong. Rates count 4 * queries * keys * 128 operations a head (attention), on executed blocks only."""
 
 from __future__ import annotations
 
@@ -23,8 +23,9 @@ HEADS, DIM, FRAME, CHUNK = 12, 128, 1560, 3
 QUERIES = FRAME * CHUNK
 LAYERS = 30
 TILES = [ops.Tiles(m, n, w, s) for m, n, w, s in (
-    (128, 128, 8, 2), (128, 128, 8, 3), (128, 64, 8, 3), (128, 64, 8, 4), (64, 64, 4, 3), (64, 64, 4, 4), (128, 32, 8, 4),
+    (128, 128, 8, 2), (128, 128, 8, 3), (128, 64, 8, 2), (128, 64, 8, 3), (64, 64, 4, 2), (64, 64, 4, 3),
 )]  # fmt: skip
+SPARSE_TILES = [ops.Tiles(m, ops.KEY_BLOCK, w, s) for m, w, s in ((128, 8, 2), (128, 8, 3), (64, 4, 2))]
 
 
 def milliseconds(act: Callable[[], Any], repeats: int = 20) -> float:
@@ -105,34 +106,29 @@ def sparse(frames: int, density: float) -> dict[str, Any]:
     key_blocks = -(-stop // ops.KEY_BLOCK)
     rows = key_blocks * ops.KEY_BLOCK
     query, key, value = random(QUERIES, HEADS, DIM), random(HEADS, rows, DIM), random(HEADS, rows, DIM)
-    count = torch.ones(HEADS, rows, device="cuda")
-    for tensor in (key, value, count):
+    members = torch.ones(HEADS, rows, device="cuda")
+    for tensor in (key, value, members):
         tensor[:, stop:] = 0.0
+    order = torch.rand(HEADS, QUERIES, device="cuda").argsort(-1)
+    zero = torch.zeros(HEADS, dtype=torch.int32, device="cuda")
+    chosen = max(1, round(density * key_blocks))
+    work = 4 * HEADS * QUERIES * chosen * ops.KEY_BLOCK * DIM
     row: dict[str, Any] = {"frames": frames, "density": density, "tiles": {}}
-    for tile in TILES:
+    for tile in SPARSE_TILES:
         query_blocks = -(-QUERIES // tile.queries)
-        count = max(1, round(density * key_blocks))
-        order = torch.rand(HEADS, QUERIES, device="cuda").argsort(-1)
-        blocks = (
-            torch.rand(HEADS, query_blocks, key_blocks, device="cuda").topk(count, -1).indices.int().sort(-1).values
-        )
-        counts = torch.full((HEADS, query_blocks), count, dtype=torch.int32, device="cuda")
-        blocks = blocks.contiguous()
-        chosen = (order, counts, blocks)
-        zero = counts[:, 0].contiguous()
-        work = 4 * HEADS * QUERIES * count * ops.KEY_BLOCK * DIM
-        if "error" not in row:
-            allowed = torch.zeros(HEADS, query_blocks, key_blocks * ops.KEY_BLOCK, dtype=torch.bool, device="cuda")
-            allowed.unflatten(2, (-1, ops.KEY_BLOCK)).scatter_(
-                2, blocks.long()[..., None].expand(-1, -1, -1, ops.KEY_BLOCK), True
-            )
-            allowed = allowed[..., :stop].repeat_interleave(tile.queries, 1)[:, :QUERIES]
-            mask = torch.full((HEADS, QUERIES, stop), -torch.inf, device="cuda")
-            mask.scatter_(1, order[..., None].expand_as(mask), torch.where(allowed, 0.0, -torch.inf))
-            out = ops.attend(query, key, value, count, zero, 0, stop, selection=chosen, tile=tile)
-            row["error"] = check("sparse attend", out, plain(query, key[:, :stop], value[:, :stop], mask))
-            del mask, allowed
-        time = milliseconds(lambda: ops.attend(query, key, value, count, zero, 0, stop, selection=chosen, tile=tile))
+        blocks = torch.rand(HEADS, query_blocks, key_blocks, device="cuda").topk(chosen, -1).indices
+        selection = order, torch.full((HEADS, query_blocks), chosen, dtype=torch.int32, device="cuda"), blocks.int()
+
+        def act(selection: Any = selection, tile: ops.Tiles = tile) -> Tensor:
+            return ops.attend(query, key, value, members, zero, 0, stop, selection=selection, tile=tile)
+
+        allowed = torch.zeros(HEADS, query_blocks, key_blocks, dtype=torch.bool, device="cuda").scatter_(2, blocks, True)
+        allowed = allowed.repeat_interleave(ops.KEY_BLOCK, 2)[..., :stop].repeat_interleave(tile.queries, 1)
+        mask = torch.full((HEADS, QUERIES, stop), -torch.inf, device="cuda")
+        mask.scatter_(1, order[..., None].expand_as(mask), torch.where(allowed[:, :QUERIES], 0.0, -torch.inf))
+        row["error"] = check("sparse attend", act(), plain(query, key[:, :stop], value[:, :stop], mask))
+        del allowed, mask
+        time = milliseconds(act)
         row["tiles"][str(tile)] = {"ms": time, "tflops": work / time / 1e9}
     return row
 
@@ -180,10 +176,9 @@ def main(out: Path = Path("out/kernels")) -> None:
     torch.manual_seed(0)
     a, b = random(8192, 8192), random(8192, 8192)
     matmul = 2 * 8192**3 / milliseconds(lambda: a @ b) / 1e9
-    x = torch.empty(1 << 31, dtype=torch.uint8, device="cuda")
-    y = torch.empty_like(x)
-    copy = 2 * x.nbytes / milliseconds(lambda: y.copy_(x)) / 1e9
-    del x, y
+    bytes_ = torch.empty(1 << 31, dtype=torch.uint8, device="cuda")
+    copy = 2 * bytes_.nbytes / milliseconds(bytes_.clone) / 1e9
+    del bytes_
     result: dict[str, Any] = {
         "device": torch.cuda.get_device_name(), "torch": torch.__version__,
         "matmul_tflops": matmul, "copy_tb_s": copy,

@@ -5,9 +5,9 @@
     python -m benchmarks.wan --part table --out DIR         # where the time of a chunk goes, and each part's floor
 
 Random weights, so that nothing has to be downloaded: random content has no redundancy, which is the worst case for a
-cache and honest for speed, since the budget is hard. Quality is measured elsewhere. Every chunk is timed from the call of
-`StreamEngine.step` to its frames in host memory: four denoising passes, the pass that writes the cache, merging, decoding,
-copy out. Dense attention uses the faster of cuDNN and FlashAttention for its shape (measured first)."""
+cache and honest for speed, since the budget is hard. Quality is measured elsewhere. Every chunk is timed from the call
+of `StreamEngine.step` to its frames in host memory: four denoising passes, the pass that writes the cache, merging,
+decoding, copy out. Dense attention is cuDNN's, the faster one on Hopper (benchmarks/kernels.py)."""
 
 from __future__ import annotations
 
@@ -108,7 +108,7 @@ def rollout(engine: StreamEngine, policy: AttentionConfig, frames: int, seconds:
     torch.cuda.empty_cache()
     torch.cuda.reset_peak_memory_stats()
     engine.open(1, "a forest in the rain", StreamOptions(seed=1, start="nothing", attention=policy))
-    times, made, memory, stopped = [], [], [], "frames"
+    times, made, memory, shown, stopped = [], [], [], [], "frames"
     began = time.perf_counter()
     chunk = None
     try:
@@ -117,6 +117,8 @@ def rollout(engine: StreamEngine, policy: AttentionConfig, frames: int, seconds:
             (chunk,) = advance(engine, [1])
             times.append(time.perf_counter() - start)
             made.append(len(chunk.frames))
+            if len(shown) < 2:
+                shown.append(chunk.frames.astype(np.float32))
             memory.append(torch.cuda.max_memory_allocated() / 2**30)
             torch.cuda.reset_peak_memory_stats()
             if time.perf_counter() - began > seconds:
@@ -125,7 +127,7 @@ def rollout(engine: StreamEngine, policy: AttentionConfig, frames: int, seconds:
         stopped = "memory"  # `step` reports running out of memory as a failed step, and closes the stream
     engine.close(1)
     count = np.cumsum(made).tolist()
-    result = {"frames": count, "seconds": times, "peak_gib": memory, "stopped_by": stopped}
+    result = {"frames": count, "seconds": times, "peak_gib": memory, "stopped_by": stopped, "shown": shown}
     if len(times) > 12:
         steady, tenth = times[8:], max(1, (len(times) - 8) // 10)
         result |= {
@@ -224,8 +226,13 @@ def table(engine: StreamEngine, policy: AttentionConfig) -> dict[str, Any]:
     for _ in range(5):
         advance(engine, [1])
     whole = (time.perf_counter() - start) / 5 * 1000
+    with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CUDA]) as profile:
+        advance(engine, [1])
+    kernels = sorted(profile.key_averages(), key=lambda event: -event.self_device_time_total)
+    top = {event.key[:80]: [event.self_device_time_total / 1000, event.count] for event in kernels[:30]}
+    busy = sum(event.self_device_time_total for event in kernels) / 1000
     engine.close(1)
-    return {"matmul_tflops": matmul, "copy_tb_s": copy, "parts_ms": parts, "floors_ms": floors, "chunk_ms": whole,
+    return {"matmul_tflops": matmul, "copy_tb_s": copy, "parts_ms": parts, "floors_ms": floors, "chunk_ms": whole, "busy_ms": busy, "kernels": top,
             "keys": keys}  # fmt: skip
 
 
@@ -245,7 +252,7 @@ def markdown(result: dict[str, Any]) -> str:
             f"{row['policy']}: {row['streams']} streams, {row['fps_each']:.1f} FPS each, {row['peak_gib']:.1f} GiB"
         )
     if parts := result.get("table"):
-        lines += ["", f"A chunk takes {parts['chunk_ms']:.0f} ms.", "", "| part | ms | floor |", "|---|---|---|"]
+        lines += ["", f"A chunk takes {parts['chunk_ms']:.0f} ms, kernels run for {parts['busy_ms']:.0f} ms.", "", "| part | ms | floor |", "|---|---|---|"]
         for name, value in parts["parts_ms"].items():
             floor = parts["floors_ms"].get(name)
             lines.append(f"| {name} | {value:.1f} | {'' if floor is None else f'{floor:.0f}'} |")
@@ -320,9 +327,12 @@ def main(
         result["table"] = table(engine, policies_of["fastar"])
         save()
     if "rollouts" in part:
-        result["rollouts"] = {}
+        result["rollouts"], first = {}, None
         for name in policies.split(","):
             run = rollout(engine, policies_of[name], frames, seconds)
+            # Two chunks fit every cache whole, so all policies must show the same, to rounding.
+            first = first or run["shown"]
+            run["off_by"] = [float(np.abs(a - b).mean()) for a, b in zip(first, run.pop("shown"), strict=True)]
             result["rollouts"][name] = run
             print(name, {key: value for key, value in run.items() if not isinstance(value, list)}, flush=True)
             save()

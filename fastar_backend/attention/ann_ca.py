@@ -34,10 +34,22 @@ class TextCache:
             self.padding = int(padding.int().argmax() if padding.any() else count.argmax())
         self.keys, self.values = key.transpose(0, 1).contiguous(), value.transpose(0, 1).contiguous()
         self.kept = float(len(key))  # tokens attended to by the last call, mean over heads
+        self.groups: tuple[Tensor, Tensor, Tensor] | None = None  # the kernel's values (sums), counts, first rows
+        half = self.keys.dtype in (torch.bfloat16, torch.float16)
+        if self.bias is not None and self.keys.is_cuda and half and not config.select_text:
+            counts = count.float().expand(len(self.keys), -1).contiguous()
+            sums = (self.values * counts[..., None]).to(self.values.dtype)
+            self.groups = sums, counts, torch.zeros(len(self.keys), dtype=torch.int32, device=self.keys.device)
 
     def attend(self, query: Tensor) -> Tensor:
         """query: [heads, n, head_dim] -> the same shape."""
         keys, values = self.keys, self.values
+        if self.groups is not None:
+            from fastar_backend.kernels import ops  # a mask would have the size of queries x keys
+
+            sums, counts, first = self.groups
+            rows = keys.shape[1]
+            return ops.attend(query.transpose(0, 1), keys, sums, counts, first, rows, rows).transpose(0, 1)
         if self.bias is None:
             return attention(query, keys, values, None)
         bias = self.bias.expand(keys.shape[0], -1)

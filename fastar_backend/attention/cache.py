@@ -15,8 +15,12 @@ from typing import Any, Self
 import torch
 from torch import Tensor
 from torch.nn import functional as F
+from torch.nn.attention import SDPBackend, sdpa_kernel
 
-from fastar_backend.model.layers import rotate_time
+from fastar_backend.model.layers import rotate_time, time_turns
+
+HALF = (torch.bfloat16, torch.float16)
+MOST_GROWTH = 24  # latent frames that a growing cache takes at a time, so that little is taken for nothing
 
 
 @dataclasses.dataclass(frozen=True)
@@ -39,7 +43,16 @@ class CacheShape:
 
     def turn(self, x: Tensor, positions: Tensor) -> Tensor:
         """Rotates x [..., tokens, head_dim] in time by positions (whole frames), broadcastable to x.shape[:-1]."""
-        return rotate_time(x, positions, self.rope_split[0], self.rope_theta, self.reach + self.chunk_frames)
+        span = self.reach + self.chunk_frames
+        if x.is_cuda and x.dtype in HALF and positions.dim() == 1 and x.dim() > 2:
+            from fastar_backend.kernels import ops  # Triton comes with PyTorch for CUDA only
+
+            turns = time_turns(self.rope_split[0], self.rope_theta, span, x.device, torch.float32)
+            out = torch.empty(x.shape, device=x.device, dtype=x.dtype)
+            flat = [part.flatten(0, -3).transpose(0, 1) for part in (x, out)]
+            ops.turn(flat[0], (positions + span).int(), turns.real.contiguous(), turns.imag.contiguous(), 1, flat[1])
+            return out
+        return rotate_time(x, positions, self.rope_split[0], self.rope_theta, span)
 
 
 class FrameCache:
@@ -149,7 +162,7 @@ class FrameCache:
     def _make_room(self) -> None:
         missing = self.end + self.shape.chunk_tokens - self.keys.shape[1]
         if missing > 0:
-            grow = (0, 0, 0, max(missing, self.keys.shape[1] // 2))
+            grow = (0, 0, 0, max(missing, min(self.keys.shape[1] // 2, MOST_GROWTH * self.shape.frame_tokens)))
             self.keys, self.values = F.pad(self.keys, grow), F.pad(self.values, grow)
 
     def view(self, key: Tensor, value: Tensor) -> tuple[Tensor, Tensor]:
@@ -195,12 +208,8 @@ class FrameCache:
 
 def attention(query: Tensor, keys: Tensor, values: Tensor, bias: Tensor | None) -> Tensor:
     """softmax(q k / sqrt(d) + bias) v; [heads, tokens, head_dim], bias [heads, keys]."""
-    if bias is not None and query.is_cuda and query.dtype in (torch.bfloat16, torch.float16):
-        from fastar_backend.kernels import ops  # a bias as a mask would have the size of queries x keys
-
-        first = torch.zeros(len(keys), dtype=torch.int32, device=keys.device)
-        rows, count = keys.shape[1], bias.float().exp()
-        sums = (values * count[..., None]).to(values.dtype)
-        return ops.attend(query.transpose(0, 1), keys, sums, count, first, rows, rows).transpose(0, 1)
+    if bias is None and query.is_cuda and query.dtype in HALF:  # cuDNN is the faster one on Hopper
+        with sdpa_kernel([SDPBackend.CUDNN_ATTENTION, SDPBackend.FLASH_ATTENTION], set_priority=True):
+            return F.scaled_dot_product_attention(query[None], keys[None], values[None])[0]
     mask = None if bias is None else bias[None, :, None].to(query.dtype).expand(1, -1, query.shape[1], -1)
     return F.scaled_dot_product_attention(query[None], keys[None], values[None], mask)[0]

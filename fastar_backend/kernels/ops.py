@@ -17,7 +17,7 @@ from fastar_backend.kernels.merge.kernel import merge_kernel, place_kernel
 from fastar_backend.kernels.nearest.kernel import nearest_kernel
 from fastar_backend.kernels.turn.kernel import turn_kernel
 
-KEY_BLOCK = 64  # keys that AnnSA selects together
+KEY_BLOCK = 128  # keys that AnnSA selects together
 
 
 @dataclasses.dataclass(frozen=True)
@@ -34,12 +34,12 @@ def tiles(dtype: torch.dtype) -> Tiles:
     """What measured best on Hopper (benchmarks/kernels.py)."""
     if dtype.itemsize > 2:
         return Tiles(32, 32, 4, 1)
-    return Tiles(128, 64, 8, 3)
+    return Tiles(128, 128, 8, 3)
 
 
 def sparse_tiles(dtype: torch.dtype) -> Tiles:
     """Likewise, for `selection`."""
-    return Tiles(32, KEY_BLOCK, 4, 1) if dtype.itemsize > 2 else Tiles(64, KEY_BLOCK, 4, 3)
+    return Tiles(32, KEY_BLOCK, 4, 1) if dtype.itemsize > 2 else Tiles(128, KEY_BLOCK, 8, 2)
 
 
 def precision(dtype: torch.dtype) -> str:
@@ -58,20 +58,43 @@ def attend(query: Tensor, key: Tensor, value: Tensor, count: Tensor, first: Tens
     query blocks of `sparse_tiles`): then all rows have a count, and those from `stop` to the end of the last block
     are zeros; lse: float32 [heads, queries], written. Returns [queries, heads, dim], contiguous."""
     queries, heads, dim = query.shape
+    before = None
+    if selection is None and tile is None and _splits(query, stop - memory):
+        before = _whole(query, key[:, memory:stop], value[:, memory:stop])
+        if memory == 0:
+            if lse is not None:
+                lse.copy_(before[1])
+            return before[0]
+        stop = memory
     tile = tile or (tiles if selection is None else sparse_tiles)(query.dtype)
     columns = tile.keys if selection is None else KEY_BLOCK
     out = torch.empty(queries, heads, dim, device=query.device, dtype=query.dtype)
     order, counts, blocks = selection or (first, first, first)
+    partial, partial_lse = before or (out, first)
     grid = (triton.cdiv(queries, tile.queries), heads)
     attend_kernel[grid](
-        query, key, value, count, first, order, counts, blocks,
+        query, key, value, count, first, order, counts, blocks, partial, partial_lse,
         queries, memory, stop, blocks.shape[-1], dim**-0.5, query.stride(0), query.stride(1), key.stride(0),
         count.stride(0), out.stride(0), out.stride(1),
         out, first if lse is None else lse,
-        D=dim, BLOCK_M=tile.queries, BLOCK_N=columns, SPARSE=selection is not None, LSE=lse is not None,
-        PRECISION=precision(query.dtype), num_warps=tile.warps, num_stages=tile.stages,
+        D=dim, BLOCK_M=tile.queries, BLOCK_N=columns, SPARSE=selection is not None, BEFORE=before is not None,
+        LSE=lse is not None, PRECISION=precision(query.dtype), num_warps=tile.warps, num_stages=tile.stages,
     )  # fmt: skip
     return out
+
+
+def _splits(query: Tensor, whole: int) -> bool:
+    """Whether the keys that count once, `whole` of them, are worth a launch of their own."""
+    return query.is_cuda and query.dtype.itemsize == 2 and whole >= len(query)
+
+
+def _whole(query: Tensor, key: Tensor, value: Tensor) -> tuple[Tensor, Tensor]:
+    """Attention to keys that count once by cuDNN, which is faster than Triton there: the output [queries, heads, dim] and
+    its log-sum-exp [heads, queries]."""
+    result = torch.ops.aten._scaled_dot_product_cudnn_attention(
+        query.transpose(0, 1)[None], key[None], value[None], None, True
+    )
+    return result[0][0].transpose(0, 1).contiguous(), result[1].reshape(query.shape[1], query.shape[0]).contiguous()
 
 
 def mass(query: Tensor, key: Tensor, count: Tensor, lse: Tensor, stride: int, memory: int, stop: int) -> Tensor:

@@ -8,6 +8,7 @@ implementation serves every attention policy and the training.
 from __future__ import annotations
 
 import functools
+import types
 from collections.abc import Sequence
 from typing import Protocol
 
@@ -175,6 +176,10 @@ class CausalDiT(nn.Module):
     def compile_blocks(self) -> None:
         """Compiles the blocks' pieces between the attentions, once for all blocks (their weights are arguments)."""
         for name in ("before", "between", "after"):
-            compiled = torch.compile(getattr(Block, name))
+            piece = getattr(Block, name)
+            # Of its own code: what is compiled for another model is not looked up. So only the tensors that go in have
+            # to be checked at a call; checking all of a block costs the host more time than a GPU needs for it.
+            own = types.FunctionType(piece.__code__.replace(), piece.__globals__, name)
+            compiled = torch.compile(own, options={"guard_filter_fn": torch.compiler.keep_tensor_guards_unsafe})
             for block in self.blocks:
                 setattr(block, name, functools.partial(compiled, block))

@@ -1,4 +1,4 @@
-"""Linear layers in 8-bit floating point (e4m3): weights with a scale per output channel, activations with one per token.
+"""Linear layers in 8-bit floating point (e4m3): weights with a scale per output channel, activations with one a token.
 
 On a GPU of compute capability 8.9 or newer the product runs on its fp8 units; elsewhere the same rounded numbers are
 multiplied in the activations' type, so that the quality cost can be measured anywhere."""
@@ -31,7 +31,9 @@ class Fp8Linear(nn.Module):
     def forward(self, x: Tensor) -> Tensor:
         rows, scale = quantise(x.flatten(0, -2))
         if x.is_cuda:
-            out = torch._scaled_mm(rows, self.weight.T, scale, self.scale, bias=self.bias, out_dtype=x.dtype)
+            out = torch._scaled_mm(
+                rows, self.weight.T, scale, self.scale, bias=self.bias, out_dtype=x.dtype, use_fast_accum=True
+            )
         else:
             out = F.linear(rows.to(x.dtype), self.weight.to(x.dtype)) * (scale * self.scale).to(x.dtype) + self.bias
         return out.unflatten(0, x.shape[:-1])

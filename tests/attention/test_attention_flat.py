@@ -188,7 +188,7 @@ def test_state_that_does_not_fit_is_refused():
 
 def test_sparse_attention_finds_what_dense_finds():
     """AnnSA by blocks on keys that lie in order: half of the blocks hold nearly all the mass; all blocks are dense."""
-    shape = shape_of(frame_tokens=64, chunk=1, reach=2)
+    shape = shape_of(frame_tokens=128, chunk=1, reach=2)
     dense = AttentionConfig(kind="fastar", budget_frames=7, recent_frames=6)
     outs = {}
     for density in (1.0, 0.999, 0.5):
@@ -196,9 +196,9 @@ def test_sparse_attention_finds_what_dense_finds():
         generator = torch.Generator().manual_seed(4)
         directions = 4 * torch.randn(6, shape.heads, shape.head_dim, generator=generator)
         for index in range(7):
-            noise = torch.randn(3, 64, shape.heads, shape.head_dim, generator=generator)
+            noise = torch.randn(3, 128, shape.heads, shape.head_dim, generator=generator)
             key = directions[index % 6] + noise[0]  # a frame is a place
-            query = directions[torch.arange(64) % 6] + noise[1]
+            query = directions[torch.arange(128) % 6] + noise[1]
             caches.begin(index)
             outs[density] = caches[0].attend(query.to(DEVICE), key.to(DEVICE), noise[2].to(DEVICE), 1.0, True)
             caches.commit()
@@ -206,7 +206,7 @@ def test_sparse_attention_finds_what_dense_finds():
         assert stats.executed <= stats.possible * (1 if density > 0.9 else 0.75)
     assert torch.allclose(outs[0.999], outs[1.0], atol=1e-4)
     error = (outs[0.5] - outs[1.0]).norm() / outs[1.0].norm()
-    assert 0 < error < 0.5
+    assert 0 < error < 0.7, "blocks taken at random are off by about 1"
 
 
 @pytest.mark.parametrize(

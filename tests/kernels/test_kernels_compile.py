@@ -29,15 +29,15 @@ print(json.dumps({"cubin": len(built.asm["cubin"]), "shared": built.metadata.sha
                   "params": built.asm["ptx"].split(".visible .entry")[1].split("{")[0].count(".param")}))
 """
 B, F, INT, I8 = "*bf16", "*fp32", "*i32", "*i8"
-ATTEND = {"query": B, "key": B, "value": B, "count": F, "first": INT, "order": "*i64", "counts": INT, "blocks": INT, "scale": "fp32",
+ATTEND = {"query": B, "key": B, "value": B, "count": F, "first": INT, "order": "*i64", "counts": INT, "blocks": INT, "before": B, "before_lse": F, "scale": "fp32",
           "out": B, "lse": F}  # fmt: skip
 TILES = {"BLOCK_M": 128, "BLOCK_N": 128, "PRECISION": "tf32"}
 ROWS = {"new_key": B, "new_value": B, "new_code": I8, "new_count": F, "new_usage": F, "key": B, "value": B,
         "code": I8, "count": F, "usage": F}  # fmt: skip
 KERNELS = {
-    "dense": ("attend", "attend_kernel", ATTEND, {"D": 128, "SPARSE": False, "LSE": True} | TILES, 8),
-    "sparse": ("attend", "attend_kernel", ATTEND, {"D": 128, "SPARSE": True, "LSE": False} | TILES | {"BLOCK_N": 64}, 8),
-    "small": ("attend", "attend_kernel", ATTEND, {"D": 64, "SPARSE": False, "LSE": False} | TILES, 8),
+    "dense": ("attend", "attend_kernel", ATTEND, {"D": 128, "SPARSE": False, "BEFORE": True, "LSE": True} | TILES, 8),
+    "sparse": ("attend", "attend_kernel", ATTEND, {"D": 128, "SPARSE": True, "BEFORE": False, "LSE": False} | TILES, 8),
+    "small": ("attend", "attend_kernel", ATTEND, {"D": 64, "SPARSE": False, "BEFORE": False, "LSE": False} | TILES, 8),
     "mass": ("mass", "mass_kernel", {"query": B, "key": B, "count": F, "lse": F, "scale": "fp32", "mass": F},
              {"D": 128, "BLOCK_M": 64, "BLOCK_N": 64, "PRECISION": "tf32"}, 4),
     "nearest": ("nearest", "nearest_kernel", {"probe": I8, "code": I8, "first": INT, "similarity": F, "match": INT}, {"D": 128, "BLOCK_M": 128, "BLOCK_N": 64}, 8),

@@ -71,6 +71,22 @@ def test_attend_in_half_precision():
     assert error(out, attend(query.cpu(), key.cpu(), value.cpu(), count.cpu(), first.cpu(), 70, 130)[0]) < 1e-2
 
 
+def test_attend_in_two_parts(monkeypatch):
+    """As on a GPU: another implementation attends to the keys that count once, the kernel goes on from there."""
+    heads, dim, queries, memory, stop = 2, 16, 21, 45, 80
+    key, value, count, first = compressed(heads, memory, stop, stop, dim)
+    query, none = random(queries, heads, dim), torch.zeros(heads, dtype=torch.int32, device=DEVICE)
+    norm = torch.full((heads, queries), torch.nan, device=DEVICE)
+    whole = ops.attend(query, key[:, memory:], value[:, memory:], count, none, 0, stop - memory, lse=norm)
+    monkeypatch.setattr(ops, "_splits", lambda *_: True)
+    monkeypatch.setattr(ops, "_whole", lambda *_: (whole, norm))
+    lse = torch.full((heads, queries), torch.nan, device=DEVICE)
+    out = ops.attend(query, key, value, count, first, memory, stop, lse=lse)
+    expected, expected_norm = attend(query.cpu(), key.cpu(), value.cpu(), count.cpu(), first.cpu(), memory, stop)
+    assert error(out, expected) < 1e-5
+    assert error(lse, expected_norm) < 1e-5
+
+
 @pytest.mark.parametrize(("queries", "stop"), [(40, 200), (96, 257), (7, 64)])
 def test_attend_to_selected_blocks(queries, stop):
     heads, dim, rows = 2, 16, 32

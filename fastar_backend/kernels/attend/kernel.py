@@ -33,10 +33,7 @@ def _visit(acc, total, peak, q, key, value, count, column, stop, scale,
     p = tl.exp2(logits * scale - new[:, None])
     shrink = tl.exp2(peak - new)
     if COUNTED:
-        if MASK:
-            members = tl.load(count + column, mask=inside, other=0.0)
-        else:
-            members = tl.load(count + column)
+        members = tl.load(count + column, mask=inside, other=0.0) if MASK else tl.load(count + column)
         total = total * shrink + tl.sum(p * members[None, :], 1)
     else:
         total = total * shrink + tl.sum(p, 1)
@@ -46,16 +43,17 @@ def _visit(acc, total, peak, q, key, value, count, column, stop, scale,
 
 @triton.jit
 def attend_kernel(
-    query, key, value, count, first, order, counts, blocks,
+    query, key, value, count, first, order, counts, blocks, before, before_lse,
     queries, memory, stop, most, scale, query_row, query_head, key_head, count_head, out_row, out_head,
     out, lse,
-    D: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, SPARSE: tl.constexpr, LSE: tl.constexpr,
+    D: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, SPARSE: tl.constexpr, BEFORE: tl.constexpr, LSE: tl.constexpr,
     PRECISION: tl.constexpr,
 ):  # fmt: skip
-    """query: rows of D at [row * query_row + head * query_head], out likewise; key, value: [head, rows, D] with
-    rows adjacent and heads `key_head` apart; count: float32 [head, rows]; first: [heads]; order: [heads, queries]; counts: [heads, query
-    blocks]; blocks: [heads, query blocks, most]; lse: [heads, queries]. A head's rows * D fit 32 bits. SPARSE: rows and
-    counts exist up to the end of the last block, and are zeros from `stop` on; below it every key counts."""
+    """query: rows of D at [row * query_row + head * query_head], out likewise; key, value: [head, rows, D] with rows
+    adjacent and heads `key_head` apart; count: float32 [head, rows]; first: [heads]; order: [heads, queries]; counts:
+    [heads, query blocks]; blocks: [heads, query blocks, most]; lse: [heads, queries]. A head's rows * D fit 32 bits.
+    BEFORE: what other keys gave is taken in, an output laid out like `out` and its log-sum-exp. SPARSE: rows and counts
+    exist up to the end of the last block, and are zeros from `stop` on; below it every key counts."""
     block, head = tl.program_id(0), tl.program_id(1)
     lines = block * BLOCK_M + tl.arange(0, BLOCK_M)
     valid = lines < queries
@@ -67,9 +65,15 @@ def attend_kernel(
     key += head.to(tl.int64) * key_head
     value += head.to(tl.int64) * key_head
     count += head.to(tl.int64) * count_head
-    acc = tl.zeros([BLOCK_M, D], tl.float32)
-    total = tl.zeros([BLOCK_M], tl.float32)
-    peak = tl.full([BLOCK_M], -1e30, tl.float32)  # finite: a block without any key must not make NaN
+    to = lines.to(tl.int64)[:, None] * out_row + head.to(tl.int64) * out_head + dims[None, :]
+    if BEFORE:
+        acc = tl.load(before + to, mask=valid[:, None], other=0.0).to(tl.float32)
+        peak = tl.load(before_lse + head.to(tl.int64) * queries + lines, mask=valid, other=0.0) * 1.4426950408889634
+        total = tl.full([BLOCK_M], 1.0, tl.float32)
+    else:
+        acc = tl.zeros([BLOCK_M, D], tl.float32)
+        peak = tl.full([BLOCK_M], -1e30, tl.float32)  # finite: a block without any key must not make NaN
+        total = tl.zeros([BLOCK_M], tl.float32)
     step = tl.arange(0, BLOCK_N)
     scale = scale * 1.4426950408889634
     if SPARSE:
@@ -95,7 +99,6 @@ def attend_kernel(
         if whole < stop:
             acc, total, peak = _visit(acc, total, peak, q, key, value, count, whole + step, stop, scale,
                                       D, False, True, PRECISION)  # fmt: skip
-    to = lines.to(tl.int64)[:, None] * out_row + head.to(tl.int64) * out_head + dims[None, :]
     tl.store(out + to, (acc / total[:, None]).to(out.dtype.element_ty), mask=valid[:, None])
     if LSE:
         result = (peak + tl.log2(total)) * 0.6931471805599453
