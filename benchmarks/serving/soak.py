@@ -2,12 +2,13 @@
 
 Viewers watch paced streams, steer them, leave by END or by vanishing, and come back. Every so often the model
 process or tritonserver is killed. Asked in the end: no slot is held, no byte is booked, no viewer saw a gap, and a step
-takes as long as it did at the start.
+takes as long as it did at the start (a fixed piece of work beside it tells how much slower the machine became).
 """
 
 from __future__ import annotations
 
 import asyncio
+import hashlib
 import json
 import queue
 import random
@@ -35,6 +36,7 @@ class Soak:
         self.counts: Counter[str] = Counter()
         self.steps: list[tuple[float, float]] = []  # when, seconds a stream in the step
         self.memory: list[float] = []
+        self.reference: list[float] = []  # seconds of a fixed piece of work, for machines that change speed
 
     async def viewer(self, number: int, fps: float) -> None:
         while time.monotonic() < self.ends:
@@ -78,9 +80,17 @@ class Soak:
                 victim.kill()
                 self.counts["kills"] += 1
 
+    async def clock(self) -> None:
+        work = bytes(16 << 20)
+        while time.monotonic() < self.ends:
+            began = time.perf_counter()
+            await asyncio.to_thread(hashlib.sha256, work)
+            self.reference.append(time.perf_counter() - began)
+            await asyncio.sleep(2)
+
     async def run(self, viewers: int, fps: float, every: float) -> None:
         tasks = [self.viewer(number, fps) for number in range(viewers)]
-        await asyncio.gather(*tasks, self.vanisher(), self.killer(every))
+        await asyncio.gather(*tasks, self.vanisher(), self.killer(every), self.clock())
 
 
 def vanish(url: str, sequence: int) -> None:
@@ -126,11 +136,14 @@ def main(
         restarts = server.restarts
     # Steps of equal work: the median of the first tenth of the time after the caches are full, against the last.
     seconds = np.array([value for _, value in soak.steps])
-    tenth = max(1, len(seconds) // 10)
+    tenth, of_reference = max(1, len(seconds) // 10), max(1, len(soak.reference) // 10)
     result: dict[str, Any] = {
         "minutes": minutes, "counts": dict(soak.counts), "restarts": restarts,
         "slots_left": left["fastar_streams_active"], "bytes_left": left["fastar_cache_bytes"],
         "slow_down": float(np.median(seconds[-tenth:]) / np.median(seconds[:tenth])),
+        "slow_down_of_reference": float(
+            np.median(soak.reference[-of_reference:]) / np.median(soak.reference[:of_reference])
+        ),
         "memory_mib": {"first": float(np.median(soak.memory[:tenth])), "last": float(np.median(soak.memory[-tenth:]))},
     }  # fmt: skip
     out.mkdir(parents=True, exist_ok=True)
