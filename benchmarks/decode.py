@@ -11,8 +11,8 @@ Work of a chunk at 480x832, multiplications and additions counted apart (FlopCou
 counts for its own size): Wan's VAE 40.65 TFLOP, of which what is at 480x832 has 16.0, at 240x416 15.9, at 120x208 7.0,
 at 60x104 1.8; TAEHV 1.58 TFLOP. At 750 TFLOP/s (what a large bf16 product reaches on an H100 or H200) the floors are
 54 ms and 2.1 ms. They leave out memory: a residual block reads and writes its features 11 times if norm and activation
-are one kernel, 19 times with the frames of a convolution stacked ("2d"); at 480x832 once is 0.9 GB, 0.2 to 0.3 ms. Over
-all blocks that is 13 or 22 ms. A stream's state is 1801 MiB for the VAE, 64 MiB for TAEHV (bf16).
+are one kernel; at 480x832 once is 0.9 GB, 0.2 to 0.3 ms. Over all blocks that is 13 ms. A stream's state is 1801 MiB
+for the VAE, 64 MiB for TAEHV (bf16).
 """
 
 from __future__ import annotations
@@ -75,8 +75,8 @@ def decoders(dims: tuple[int, int], place: dict, compiled: bool) -> Iterator[tup
     """Kind, name, and what makes it. The Wan decoders have the same weights."""
     weights: dict[str, Tensor] = {}
 
-    def wan(way: str, compile_it: bool) -> Step:
-        decoder = WanDecoder(dims[0], way)
+    def wan(compile_it: bool) -> Step:
+        decoder = WanDecoder(dims[0])
         if weights:
             decoder.load_state_dict(weights)
         else:
@@ -99,8 +99,7 @@ def decoders(dims: tuple[int, int], place: dict, compiled: bool) -> Iterator[tup
         del vae
     for compile_it in (False, True) if compiled else (False,):
         how = "compiled" if compile_it else "eager"
-        for way in ("2d", "3d"):
-            yield "wan", f"Wan VAE {way}, {how}", lambda way=way, c=compile_it: wan(way, c)
+        yield "wan", f"Wan VAE, {how}", lambda c=compile_it: wan(c)
     for compile_it in (False, True) if compiled else (False,):
         yield "taehv", f"TAEHV, {'compiled' if compile_it else 'eager'}", lambda c=compile_it: tiny(c)
 

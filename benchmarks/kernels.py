@@ -122,7 +122,9 @@ def sparse(frames: int, density: float) -> dict[str, Any]:
         def act(selection: Any = selection, tile: ops.Tiles = tile) -> Tensor:
             return ops.attend(query, key, value, members, zero, 0, stop, selection=selection, tile=tile)
 
-        allowed = torch.zeros(HEADS, query_blocks, key_blocks, dtype=torch.bool, device="cuda").scatter_(2, blocks, True)
+        allowed = torch.zeros(HEADS, query_blocks, key_blocks, dtype=torch.bool, device="cuda").scatter_(
+            2, blocks, True
+        )
         allowed = allowed.repeat_interleave(ops.KEY_BLOCK, 2)[..., :stop].repeat_interleave(tile.queries, 1)
         mask = torch.full((HEADS, QUERIES, stop), -torch.inf, device="cuda")
         mask.scatter_(1, order[..., None].expand_as(mask), torch.where(allowed[:, :QUERIES], 0.0, -torch.inf))

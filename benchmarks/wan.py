@@ -16,6 +16,7 @@ import json
 import math
 import statistics
 import time
+import zlib
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -51,7 +52,9 @@ class RandomText:
 
     def __call__(self, prompts: list[str]) -> torch.Tensor:
         out = torch.zeros(len(prompts), self.model.text_tokens, self.model.text_dim, **self.on)
-        out[:, :40] = torch.randn(len(prompts), 40, self.model.text_dim, **self.on)
+        for row, prompt in enumerate(prompts):
+            own = torch.Generator().manual_seed(zlib.crc32(prompt.encode()))
+            out[row, :40] = torch.randn(40, self.model.text_dim, generator=own).to(**self.on)
         return out
 
 
@@ -90,7 +93,8 @@ def make_engine(world: World, *, compiled: bool, fp8: bool, attention: Attention
         quantise_blocks(world.dit)
     if compiled:
         world.dit.compile_blocks()
-        world.decoder.decode = torch.compile(world.decoder.decode, dynamic=False)
+        if isinstance(world.decoder, TinyDecoder):  # as fastar_backend.model.tuning does
+            world.decoder.decode = torch.compile(world.decoder.decode, dynamic=False)
     return StreamEngine(world, attention, max_streams=64, stream_bytes=1 << 62)
 
 
@@ -183,8 +187,8 @@ def milliseconds(act: Any, repeats: int = 5) -> float:
 
 @torch.inference_mode()
 def table(engine: StreamEngine, policy: AttentionConfig) -> dict[str, Any]:
-    """Where the time of a chunk goes, each part by itself with full caches (milliseconds), and floors from this machine's
-    own bf16 product and copy rates."""
+    """Where the time of a chunk goes, each part by itself with full caches (milliseconds), and floors from this
+    machine's own bf16 product and copy rates."""
     model, shape, device = engine.world.config.model, engine.shape, engine.device
     engine.open(1, "a forest in the rain", StreamOptions(seed=1, start="nothing", attention=policy))
     stream = engine.streams[1]
@@ -232,27 +236,36 @@ def table(engine: StreamEngine, policy: AttentionConfig) -> dict[str, Any]:
     top = {event.key[:80]: [event.self_device_time_total / 1000, event.count] for event in kernels[:30]}
     busy = sum(event.self_device_time_total for event in kernels) / 1000
     engine.close(1)
-    return {"matmul_tflops": matmul, "copy_tb_s": copy, "parts_ms": parts, "floors_ms": floors, "chunk_ms": whole, "busy_ms": busy, "kernels": top,
-            "keys": keys}  # fmt: skip
+    return {"matmul_tflops": matmul, "copy_tb_s": copy, "parts_ms": parts, "floors_ms": floors, "chunk_ms": whole,
+            "busy_ms": busy, "kernels": top, "keys": keys}  # fmt: skip
 
 
 def markdown(result: dict[str, Any]) -> str:
     lines = [f"{result['device']}, torch {result['torch']}, {result['settings']}", ""]
     if runs := result.get("rollouts"):
-        lines += ["| | steady FPS | last tenth FPS | whole run FPS | last / first tenth | peak GiB, first -> last | stopped by |",
-                  "|---|---|---|---|---|---|---|"]  # fmt: skip
+        lines += [
+            "| | steady FPS | last tenth | whole run | last / first tenth | peak GiB, first -> last | stopped by |",
+            "|---|---|---|---|---|---|---|",
+        ]
         for name, run in runs.items():
             if "fps" in run:
                 lines.append(
-                    f"| {name} | {run['fps']:.1f} | {run['fps_last']:.1f} | {run['fps_whole']:.1f} | {run['flat']:.3f} | "
-                    f"{run['peak_gib'][8]:.1f} -> {run['peak_gib'][-1]:.1f} | {run['stopped_by']} at {run['frames'][-1]} |"
+                    f"| {name} | {run['fps']:.1f} | {run['fps_last']:.1f} | {run['fps_whole']:.1f} | "
+                    f"{run['flat']:.3f} | {run['peak_gib'][8]:.1f} -> {run['peak_gib'][-1]:.1f} | "
+                    f"{run['stopped_by']} at {run['frames'][-1]} |"
                 )
     for row in result.get("streams", ()):
         lines.append(
             f"{row['policy']}: {row['streams']} streams, {row['fps_each']:.1f} FPS each, {row['peak_gib']:.1f} GiB"
         )
     if parts := result.get("table"):
-        lines += ["", f"A chunk takes {parts['chunk_ms']:.0f} ms, kernels run for {parts['busy_ms']:.0f} ms.", "", "| part | ms | floor |", "|---|---|---|"]
+        lines += [
+            "",
+            f"A chunk takes {parts['chunk_ms']:.0f} ms, kernels run for {parts['busy_ms']:.0f} ms.",
+            "",
+            "| part | ms | floor |",
+            "|---|---|---|",
+        ]
         for name, value in parts["parts_ms"].items():
             floor = parts["floors_ms"].get(name)
             lines.append(f"| {name} | {value:.1f} | {'' if floor is None else f'{floor:.0f}'} |")

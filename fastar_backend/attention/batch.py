@@ -19,8 +19,8 @@ from fastar_backend.attention.recall import RecallProbe
 class StreamsAttend:
     """Self-attention of one layer. Positions are relative to each stream's chunk, hence equal for all streams.
 
-    write: take keys and values into the caches (the clean pass). progress: share of denoising steps done, 0..1. Caches are
-    the layer's `FrameCache`s (portable) or `FlatLayer`s (by kernels).
+    write: take keys and values into the caches (the clean pass). progress: share of denoising steps done, 0..1. Caches
+    are the layer's `FrameCache`s (portable) or `FlatLayer`s (by kernels).
     """
 
     def __init__(self, shape: CacheShape, caches: Sequence[Any], probes: Sequence[RecallProbe | None], *,

@@ -1,13 +1,15 @@
-"""TempCache and the sliding window on a GPU: all layers of a stream in one set of tensors of constant shape, by kernels.
+"""TempCache and the sliding window on a GPU: all layers of a stream in one set of tensors of constant shape, by
+kernels.
 
-The same law as `temp_cache`, laid out for a device that must never be waited for: no size depends on data, the layers are
-merged together once a chunk (`commit`), and a chunk's keys go straight to their place (`FlatLayer.attend`). Two things
-are decided otherwise. Groups sit at the clamp's temporal distance for ever, also where the newest frames are fewer than
-it: all members of a group then share one position, so the log-count law is exact, and no group is ever turned again. And
-similarity is what int8 codes see of it (to about .005).
+The same law as `temp_cache`, laid out for a device that must never be waited for: no size depends on data, the layers
+are merged together once a chunk (`commit`), and a chunk's keys go straight to their place (`FlatLayer.attend`). Two
+things are decided otherwise. Groups sit at the clamp's temporal distance for ever, also where the newest frames are
+fewer than it: all members of a group then share one position, so the log-count law is exact, and no group is ever
+turned again. And similarity is what int8 codes see of it (to about .005).
 
-Values of groups are kept as sums (kernels/attend). Rows of the tensors: [memory slots, filled from the last one backwards | places of whole latent frames]. The first places
-are the sinks', the others a ring of the newest frames and the chunk.
+Values of groups are kept as sums (kernels/attend). Rows of the tensors: [memory slots, filled from the last one
+backwards | places of whole latent frames]. The first places are the sinks', the others a ring of the newest frames and
+the chunk.
 """
 
 from __future__ import annotations
@@ -241,8 +243,8 @@ class FlatLayer:
         self.selection: tuple[Tensor, Tensor, Tensor] | None = None  # AnnSA's, once a chunk
 
     def attend(self, query: Tensor, key: Tensor, value: Tensor, progress: float, write: bool) -> Tensor:
-        """One chunk's queries over the cache and the chunk itself. All [chunk tokens, heads, head_dim], rotated in space,
-        not in time. progress: share of denoising steps done. write: the pass whose keys and values are kept."""
+        """One chunk's queries over the cache and the chunk itself. All [chunk tokens, heads, head_dim], rotated in
+        space, not in time. progress: share of denoising steps done. write: the pass whose keys and values are kept."""
         caches, shape = self.caches, self.caches.shape
         heads = slice(self.layer * shape.heads, (self.layer + 1) * shape.heads)
         keys, values, count, rows = caches.keys[heads], caches.values[heads], caches.count[heads], caches.own_rows

@@ -15,8 +15,8 @@ from fastar_backend.kernels import ops
 
 def select(query: Tensor, keys: Tensor, count: Tensor, own: slice, stop: int, config: AttentionConfig,
            ) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
-    """query: [tokens, heads, dim], turned; keys: [heads, rows, dim]; count: [heads, rows], 0 where there is no key; own: rows
-    of the chunk, always visited. Returns order, counts, blocks as `ops.attend` takes them.
+    """query: [tokens, heads, dim], turned; keys: [heads, rows, dim]; count: [heads, rows], 0 where there is no key;
+    own: rows of the chunk, always visited. Returns order, counts, blocks as `ops.attend` takes them.
 
     Queries are ordered by signature, so that a block holds queries of like content. A key block is worth what its best
     key is to the block's mean query; each query block takes the share `sparse_density` of the held key blocks."""

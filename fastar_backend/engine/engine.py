@@ -72,7 +72,7 @@ class StreamEngine:
         if torch.device(device).type == "cuda":
             torch.backends.cudnn.benchmark = True  # all of a world's convolutions have one shape
         loaded = load_world(world, device, dtype)
-        tune(loaded.dit, execution or ExecutionConfig())
+        tune(loaded, execution or ExecutionConfig())
         engine = cls(loaded, attention or AttentionConfig(), max_streams, deterministic=deterministic)
         check_memory(engine.device, engine.attention, engine._bounded_bytes, max_streams)
         return engine
@@ -91,6 +91,7 @@ class StreamEngine:
         self._check_free(stream_id)
         check_prompt(prompt)
         attention = options.attention or self.attention
+        check_attention(attention, self.shape.chunk_frames, "OPTIONS.attention")
         if attention.kind != "dense" and (needed := self._bounded_bytes(attention)) > self.stream_bytes:
             frames = attention.budget_frames * self.stream_bytes // needed
             most = f"about {frames} ({needed} bytes are more than a stream's {self.stream_bytes})"
@@ -120,7 +121,8 @@ class StreamEngine:
     def _bounded_bytes(self, attention: AttentionConfig) -> int:
         model = self.world.config.model
         decoder = state_bytes(self.world.decoder, model.latent_height, model.latent_width, self.dtype)
-        return decoder + bytes_of_caches(self.shape, attention, model.layers)
+        text = 2 * model.layers * model.text_tokens * model.dim * self.dtype.itemsize
+        return decoder + text + bytes_of_caches(self.shape, attention, model.layers)
 
     @torch.inference_mode()
     def costs(self, sizes: Sequence[int], steps: int = 3) -> dict[int, float]:

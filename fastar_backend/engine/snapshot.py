@@ -104,7 +104,7 @@ def digest(header: dict[str, Any], tensors: dict[str, Tensor]) -> str:
 
 def fingerprint(world: World) -> str:
     """Of configuration and weights: streams of one world mean nothing to another."""
-    modules = {"dit": world.dit, "text": world.text, "autoencoder": world.autoencoder}
+    modules = {"dit": world.dit, "text": world.text, "autoencoder": world.autoencoder, "decoder": world.decoder}
     weights = {
         f"{name}.{key}": value
         for name, part in modules.items()

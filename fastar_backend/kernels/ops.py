@@ -89,8 +89,8 @@ def _splits(query: Tensor, whole: int) -> bool:
 
 
 def _whole(query: Tensor, key: Tensor, value: Tensor) -> tuple[Tensor, Tensor]:
-    """Attention to keys that count once by cuDNN, which is faster than Triton there: the output [queries, heads, dim] and
-    its log-sum-exp [heads, queries]."""
+    """Attention to keys that count once by cuDNN, which is faster than Triton there: the output [queries, heads, dim]
+    and its log-sum-exp [heads, queries]."""
     result = torch.ops.aten._scaled_dot_product_cudnn_attention(
         query.transpose(0, 1)[None], key[None], value[None], None, True
     )
@@ -104,7 +104,8 @@ def mass(query: Tensor, key: Tensor, count: Tensor, lse: Tensor, stride: int, me
     wide = query.dtype.itemsize > 2
     mass_kernel[(triton.cdiv(stop, 64), heads)](
         query, key, count, lse,
-        queries, stride, memory, stop, dim**-0.5, query.stride(0), query.stride(1), key.stride(0), count.stride(0), stop,
+        queries, stride, memory, stop, dim**-0.5, query.stride(0), query.stride(1), key.stride(0), count.stride(0),
+        stop,
         out,
         D=dim, BLOCK_M=32 if wide else 64, BLOCK_N=64, PRECISION=precision(query.dtype), num_warps=4,
         num_stages=1 if wide else 2,
@@ -113,13 +114,14 @@ def mass(query: Tensor, key: Tensor, count: Tensor, lse: Tensor, stride: int, me
 
 
 def quantise(x: Tensor) -> Tensor:
-    """Unit vectors of x [..., dim] as int8 codes, 127 long: the product of two is their cosine * 16129, to about .005."""
+    """Unit vectors of x [..., dim] as int8 codes, 127 long: the product of two is their cosine * 16129, to about
+    .005."""
     return (127 * F.normalize(x.float(), dim=-1)).round().to(torch.int8)
 
 
 def nearest(probe: Tensor, code: Tensor, first: Tensor) -> tuple[Tensor, Tensor]:
-    """(cosine float32, slot int32; both [heads, probes]) of the held slot (first[head]..) nearest to each probe; -1 and -1
-    where none is held. probe, code: int8 [heads, n, dim] from `quantise`."""
+    """(cosine float32, slot int32; both [heads, probes]) of the held slot (first[head]..) nearest to each probe; -1 and
+    -1 where none is held. probe, code: int8 [heads, n, dim] from `quantise`."""
     heads, probes, dim = probe.shape
     similarity = torch.empty(heads, probes, device=probe.device, dtype=torch.float32)
     match = torch.empty(heads, probes, device=probe.device, dtype=torch.int32)
@@ -170,8 +172,8 @@ def place(groups: Groups, slot: Tensor, newcomer: Tensor, replace: Tensor, new: 
 
 
 def merge(groups: Groups, target: Tensor, new: Groups, renew: bool) -> None:
-    """Adds row t of `new` to the group in slot target[head, t] (int32; as many as there are slots: nowhere): counts, usage
-    and values grow. renew: keys and codes become the last member's."""
+    """Adds row t of `new` to the group in slot target[head, t] (int32; as many as there are slots: nowhere): counts,
+    usage and values grow. renew: keys and codes become the last member's."""
     heads, tokens = target.shape
     ascending, order = target.sort(dim=-1, stable=True)
     merge_kernel[(tokens, heads)](

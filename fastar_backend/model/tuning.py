@@ -1,4 +1,4 @@
-"""How a transformer that is loaded is run: in 8 bits, compiled."""
+"""How a world that is loaded is run: in 8 bits, compiled."""
 
 from __future__ import annotations
 
@@ -8,13 +8,16 @@ from fastar_backend.config import ExecutionConfig
 from fastar_backend.errors import InvalidInput
 from fastar_backend.model.dit import CausalDiT
 from fastar_backend.model.fp8 import quantise_blocks
+from fastar_backend.model.taehv import TinyDecoder
+from fastar_backend.model.world import World
 
 FP8_CAPABILITY = (8, 9)  # the first one with fp8 units
 FP8_MULTIPLE = 16  # of the sizes of a product on them
 
 
-def tune(dit: CausalDiT, execution: ExecutionConfig) -> None:
+def tune(world: World, execution: ExecutionConfig) -> None:
     """In place. Raises InvalidInput where the device or the model cannot do what is asked."""
+    dit = world.dit
     weight = dit.head.head.weight
     if execution.precision == "fp8":
         if weight.is_cuda:
@@ -23,6 +26,8 @@ def tune(dit: CausalDiT, execution: ExecutionConfig) -> None:
     fast = weight.is_cuda and weight.dtype == torch.bfloat16
     if fast if execution.compile is None else execution.compile:
         dit.compile_blocks()
+        if isinstance(world.decoder, TinyDecoder):  # Wan's VAE would take three times the memory, compiled
+            world.decoder.decode = torch.compile(world.decoder.decode, dynamic=False)
 
 
 def _check_fp8(dit: CausalDiT, capability: tuple[int, int]) -> None:

@@ -56,14 +56,9 @@ class ChannelNorm(nn.Module):
 
 
 class CausalConv(nn.Conv3d):
-    """Kernel (3, k, k): a frame sees itself and the two before it; before a stream's first frame all is zero.
-
-    Two ways to compute it, equal but for rounding. "3d": one 3-D convolution. "2d": the three frames under the kernel
-    are stacked as channels for a 2-D convolution, which costs two more copies and gets the better tuned kernels.
-    """
+    """Kernel (3, k, k): a frame sees itself and the two before it; before a stream's first frame all is zero."""
 
     name = ""  # of its memory; WanDecoder sets it
-    way = "2d"
 
     def __init__(self, channels: int, out: int, kernel: int, scale: int) -> None:
         """scale: how many times larger than the latent its frames are in height and width."""
@@ -79,13 +74,8 @@ class CausalConv(nn.Conv3d):
 
     def convolve(self, joined: Tensor) -> Tensor:
         """[2 + frames, C, H, W] -> [frames, out, H, W]."""
-        pad, frames = self.kernel_size[1] // 2, joined.shape[0] - 2
-        if self.way == "3d":
-            clip = joined[None].transpose(1, 2)
-            return F.conv3d(clip, self.weight, self.bias, padding=(0, pad, pad)).transpose(1, 2)[0]
-        stacked = torch.cat([joined[i : i + frames] for i in range(3)], 1)
-        weight = self.weight.permute(0, 3, 4, 2, 1).flatten(3).permute(0, 3, 1, 2)
-        return F.conv2d(stacked, weight, self.bias, padding=pad)
+        pad, clip = self.kernel_size[1] // 2, joined[None].transpose(1, 2)
+        return F.conv3d(clip, self.weight, self.bias, padding=(0, pad, pad)).transpose(1, 2)[0]
 
     def forward(self, x: Tensor, past: State, after: State) -> Tensor:
         return self.convolve(self.join(x, past, after))
@@ -182,8 +172,8 @@ class _Stages(nn.Module):
 class WanDecoder(nn.Module):
     """Latents of the diffusion model (normalised) -> pixels. Stateless itself: streams hold the state."""
 
-    def __init__(self, dim: int = 96, way: str = "2d") -> None:
-        """dim: channels at full resolution, 96 in the published weights. way: see CausalConv."""
+    def __init__(self, dim: int = 96) -> None:
+        """dim: channels at full resolution, 96 in the published weights."""
         super().__init__()
         self.conv2 = PointConv(CHANNELS, CHANNELS)
         self.decoder = _Stages(dim, CHANNELS)
@@ -191,7 +181,7 @@ class WanDecoder(nn.Module):
         self.register_buffer("scale", torch.tensor([STD, MEAN]).view(torch.int32), persistent=False)
         self.causal = {name: module for name, module in self.named_modules() if isinstance(module, CausalConv)}
         for name, module in self.causal.items():
-            module.name, module.way = name, way
+            module.name = name
         lay_channels_last(self)
 
     def state(self) -> State:

@@ -7,8 +7,6 @@ import math
 from collections.abc import Iterable, Mapping
 
 import numpy as np
-import psutil
-import torch
 
 from fastar_backend.errors import AtCapacity
 from fastar_backend.service.config import ServiceConfig
@@ -98,9 +96,3 @@ class Admission:
 
     def _fits(self, fps: float, held: list[Booking]) -> bool:
         return self.utilisation([*held, Booking("", 0, fps)]) <= self.config.utilisation
-
-
-def free_bytes(device: torch.device) -> int:
-    """Half of the memory that is free on the device now: what all caches may take where nothing else is configured."""
-    free = torch.cuda.mem_get_info(device)[0] if device.type == "cuda" else psutil.virtual_memory().available
-    return free // 2

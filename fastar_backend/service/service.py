@@ -16,6 +16,7 @@ from collections.abc import Callable
 from concurrent.futures import Future
 from typing import Any
 
+from fastar_backend.engine.checks import free_bytes
 from fastar_backend.engine.engine import StreamEngine, check_prompt
 from fastar_backend.engine.stream import Chunk, ChunkRequest, StreamOptions
 from fastar_backend.errors import (
@@ -26,7 +27,7 @@ from fastar_backend.errors import (
     Superseded,
     UnknownStream,
 )
-from fastar_backend.service.admission import Admission, Booking, Cost, free_bytes
+from fastar_backend.service.admission import Admission, Booking, Cost
 from fastar_backend.service.config import ServiceConfig
 from fastar_backend.service.controls import Controls
 from fastar_backend.service.encode import make_encoder
@@ -75,8 +76,10 @@ class Service:
         # The service admits; a stream that is rewound is there twice for a moment.
         self.engine.max_streams = 2 * config.max_streams + 1
         self.world = self.engine.world_info()
-        self.cost = Cost(self.engine.costs(sorted({1, min(4, self.most)})), config.deterministic)
-        total = config.cache_bytes or free_bytes(self.engine.device)
+        each = self.engine.bytes_of(StreamOptions())
+        total = config.cache_bytes or max(free_bytes(self.engine.device) // 2, each)  # the other half: steps, snapshots
+        fit = max(1, total // each)
+        self.cost = Cost(self.engine.costs(sorted({1, min(4, self.most, fit)})), config.deterministic)
         self.admission = Admission(config, self.cost, self.world["chunk_frames"], total)
         self.vault = Vault(self.store, self.engine, config.snapshots_kept, self.metrics, self.wake)
         self.metrics.capacity(config.max_streams, total)

@@ -90,7 +90,8 @@ def both(config: AttentionConfig, places: int, chunks: int):
 
 @pytest.mark.parametrize("name", CONFIGS)
 def test_flat_caches_are_the_portable_ones(name, monkeypatch):
-    """Places that recur, each of which has its groups: whichever of equal ones a token joins, the softmax is the same."""
+    """Places that recur, each of which has its groups: whichever of equal ones a token joins, the softmax is the
+    same."""
     monkeypatch.setattr(temp_cache, "USAGE_STRIDE", 1)
     flat, plain, mine, theirs, seed = both(CONFIGS[name], places=6, chunks=6)
     for index, (a, b) in enumerate(zip(mine, theirs, strict=True)):
@@ -211,8 +212,9 @@ def test_sparse_attention_finds_what_dense_finds():
 
 @pytest.mark.parametrize(
     "config",
-    [AttentionConfig(kind="dense"), AttentionConfig(weight="effective"), AttentionConfig(weight="none"), AttentionConfig(match="query"),
-     AttentionConfig(index="lsh"), AttentionConfig(recent_frames=5), AttentionConfig(representative="mean")],
+    [AttentionConfig(kind="dense"), AttentionConfig(weight="effective"), AttentionConfig(weight="none"),
+     AttentionConfig(match="query"), AttentionConfig(index="lsh"), AttentionConfig(recent_frames=5),
+     AttentionConfig(representative="mean")],
 )  # fmt: skip
 def test_what_flat_caches_leave_to_the_portable_ones(config):
     assert not supports(shape_of(), config)

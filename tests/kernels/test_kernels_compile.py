@@ -25,12 +25,11 @@ source = ASTSource(kernel, types, {(order.index(arg),): value for arg, value in 
                    {(i,): [["tt.divisibility", 16]] for i, arg in enumerate(order) if types[arg].startswith("*")})
 built = triton.compile(source, target=GPUTarget("cuda", 90, 32), options={"num_warps": warps})
 print(json.dumps({"cubin": len(built.asm["cubin"]), "shared": built.metadata.shared,
-                  "scratch": built.metadata.global_scratch_size, "wgmma": "wgmma" in built.asm["ptx"],
-                  "params": built.asm["ptx"].split(".visible .entry")[1].split("{")[0].count(".param")}))
+                  "scratch": built.metadata.global_scratch_size, "wgmma": "wgmma" in built.asm["ptx"]}))
 """
 B, F, INT, I8 = "*bf16", "*fp32", "*i32", "*i8"
-ATTEND = {"query": B, "key": B, "value": B, "count": F, "first": INT, "order": "*i64", "counts": INT, "blocks": INT, "before": B, "before_lse": F, "scale": "fp32",
-          "out": B, "lse": F}  # fmt: skip
+ATTEND = {"query": B, "key": B, "value": B, "count": F, "first": INT, "order": "*i64", "counts": INT,
+          "blocks": INT, "before": B, "before_lse": F, "scale": "fp32", "out": B, "lse": F}  # fmt: skip
 TILES = {"BLOCK_M": 128, "BLOCK_N": 128, "PRECISION": "tf32"}
 ROWS = {"new_key": B, "new_value": B, "new_code": I8, "new_count": F, "new_usage": F, "key": B, "value": B,
         "code": I8, "count": F, "usage": F}  # fmt: skip
@@ -40,7 +39,8 @@ KERNELS = {
     "small": ("attend", "attend_kernel", ATTEND, {"D": 64, "SPARSE": False, "BEFORE": False, "LSE": False} | TILES, 8),
     "mass": ("mass", "mass_kernel", {"query": B, "key": B, "count": F, "lse": F, "scale": "fp32", "mass": F},
              {"D": 128, "BLOCK_M": 64, "BLOCK_N": 64, "PRECISION": "tf32"}, 4),
-    "nearest": ("nearest", "nearest_kernel", {"probe": I8, "code": I8, "first": INT, "similarity": F, "match": INT}, {"D": 128, "BLOCK_M": 128, "BLOCK_N": 64}, 8),
+    "nearest": ("nearest", "nearest_kernel", {"probe": I8, "code": I8, "first": INT, "similarity": F, "match": INT},
+                {"D": 128, "BLOCK_M": 128, "BLOCK_N": 64}, 8),
     "turn": ("turn", "turn_kernel", {"source": B, "turns": INT, "cos": F, "sin": F, "out": B},
              {"D": 128, "TIME": 44, "BLOCK": 32}, 4),
     "place": ("merge", "place_kernel", ROWS | {"slot": "*i64", "newcomer": "*i64", "replace": I8}, {"D": 128}, 1),

@@ -22,7 +22,7 @@ from fastar_backend.model.wan_vae import MEAN, STD, CausalConv, ChannelNorm, Sta
 CHUNKINGS = ([7], [3, 3, 1], [1] * 7, [2, 5])
 HEIGHT, WIDTH = 3, 5
 DECODERS: dict[str, Callable[[], nn.Module]] = {
-    "wan 2d": lambda: WanDecoder(8, "2d"), "wan 3d": lambda: WanDecoder(8, "3d"), "taehv": lambda: TinyDecoder(16),
+    "wan": lambda: WanDecoder(8), "taehv": lambda: TinyDecoder(16),
 }  # fmt: skip
 
 
@@ -151,11 +151,10 @@ def test_states_that_do_not_fit_are_refused(decoder, latents):
 # Equality with the published networks
 
 
-@pytest.mark.parametrize("way", ["2d", "3d"])
 @pytest.mark.parametrize(("kernel", "frames"), [(3, 1), (3, 4), (1, 2)])
-def test_causal_convolution_is_a_padded_one(way, kernel, frames):
+def test_causal_convolution_is_a_padded_one(kernel, frames):
     conv = shaken(CausalConv(5, 7, kernel, 1))
-    conv.name, conv.way = "it", way
+    conv.name = "it"
     x, after = torch.randn(frames, 5, 3, 4), {}
     pad = kernel // 2
     want = F.conv3d(F.pad(x.transpose(0, 1)[None], (pad, pad, pad, pad, 2, 0)), conv.weight, conv.bias)
@@ -181,10 +180,9 @@ def diffusers_vae() -> nn.Module:
     return shaken(kind(base_dim=8), 1.2)
 
 
-@pytest.mark.parametrize("way", ["2d", "3d"])
 @pytest.mark.parametrize("chunks", CHUNKINGS, ids=str)
-def test_wan_is_what_diffusers_decodes(diffusers_vae, latents, way, chunks):
-    decoder = WanDecoder(8, way).requires_grad_(False)
+def test_wan_is_what_diffusers_decodes(diffusers_vae, latents, chunks):
+    decoder = WanDecoder(8).requires_grad_(False)
     theirs = diffusers_vae.state_dict().items()
     decoder.load_state_dict({native_name(k): v for k, v in theirs if not k.startswith(("encoder.", "quant_conv."))})
     std, mean = (torch.tensor(values)[:, None, None] for values in (STD, MEAN))
@@ -257,7 +255,7 @@ def test_bfloat16_is_close_and_keeps_the_statistics(decoder, latents):
         assert decoder.scale.view(torch.float32).flatten(1).tolist() == torch.tensor([STD, MEAN]).tolist()
 
 
-@pytest.mark.parametrize("name", ["wan 2d", "taehv"])
+@pytest.mark.parametrize("name", ["wan", "taehv"])
 def test_a_chunk_is_one_graph(latents, name):
     """fullgraph: a break, a data-dependent branch, is an error; the graph itself is run as it is."""
     decoder = shaken(DECODERS[name]())

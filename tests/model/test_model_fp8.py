@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+from types import SimpleNamespace
 
 import pytest
 import random_world
@@ -105,7 +106,11 @@ def test_a_transformers_output(layers, most):
     assert max(found) < most
 
 
-# How a transformer is tuned
+# How a world is tuned
+
+
+def world_of(dit: CausalDiT) -> SimpleNamespace:
+    return SimpleNamespace(dit=dit, decoder=None)
 
 
 @pytest.fixture
@@ -121,7 +126,7 @@ def compiled(monkeypatch) -> list[CausalDiT]:
 def test_what_is_asked_is_done(compiled, dtype, precision, asked):
     dit = transformer().to(dtype)
     before = forward(transformer())
-    tune(dit, ExecutionConfig(precision=precision, compile=asked))
+    tune(world_of(dit), ExecutionConfig(precision=precision, compile=asked))
     assert isinstance(dit.blocks[0].ffn[0], Fp8Linear) == (precision == "fp8")
     assert compiled == ([dit] if asked else []), "on a CPU only if asked"
     if dtype == torch.float32:
@@ -136,8 +141,8 @@ def test_compiled_blocks_are_the_same(monkeypatch):
     )
     for precision in ("auto", "fp8"):
         plain, dit = transformer(), transformer()
-        tune(plain, ExecutionConfig(precision=precision))
-        tune(dit, ExecutionConfig(precision=precision, compile=True))
+        tune(world_of(plain), ExecutionConfig(precision=precision))
+        tune(world_of(dit), ExecutionConfig(precision=precision, compile=True))
         torch.compiler.reset()
         got = forward(dit)
         torch.compiler.reset()

@@ -1,11 +1,11 @@
 """Attention of one chunk's queries over a compressed cache: softmax(q k / sqrt(d) + log count) v, one program a query
 block.
 
-Keys below `memory` stand for groups: each has a count, and its row of `value` is the *sum* of its members' values. So the
-log-count law (paper, section on TempCache) costs nothing: sum(count e^x mean) = sum(e^x sum), and the counts enter the
-softmax's total alone. A free slot has count 0 and zeros. `first` says, head by head, where the used memory begins, so
-that heads of unequal length share a launch. With SPARSE, a query block visits only the key blocks of its compact index
-(AnnSA), and queries are taken in `order`.
+Keys below `memory` stand for groups: each has a count, and its row of `value` is the *sum* of its members' values. So
+the log-count law (paper, section on TempCache) costs nothing: sum(count e^x mean) = sum(e^x sum), and the counts enter
+the softmax's total alone. A free slot has count 0 and zeros. `first` says, head by head, where the used memory begins,
+so that heads of unequal length share a launch. With SPARSE, a query block visits only the key blocks of its compact
+index (AnnSA), and queries are taken in `order`.
 """
 
 from __future__ import annotations
@@ -44,9 +44,11 @@ def _visit(acc, total, peak, q, key, value, count, column, stop, scale,
 @triton.jit
 def attend_kernel(
     query, key, value, count, first, order, counts, blocks, before, before_lse,
-    queries, memory, stop, most, scale, query_row, query_head, key_head, count_head, out_row, out_head,
+    queries, memory, stop, most, scale, query_row, query_head, key_head, count_head, out_row,
+    out_head,
     out, lse,
-    D: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, SPARSE: tl.constexpr, BEFORE: tl.constexpr, LSE: tl.constexpr,
+    D: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, SPARSE: tl.constexpr, BEFORE: tl.constexpr,
+    LSE: tl.constexpr,
     PRECISION: tl.constexpr,
 ):  # fmt: skip
     """query: rows of D at [row * query_row + head * query_head], out likewise; key, value: [head, rows, D] with rows

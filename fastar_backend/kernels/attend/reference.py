@@ -8,8 +8,9 @@ from torch import Tensor
 
 def attend(query: Tensor, key: Tensor, value: Tensor, count: Tensor, first: Tensor, memory: int, stop: int,
            allowed: Tensor | None = None) -> tuple[Tensor, Tensor]:  # fmt: skip
-    """query: [queries, heads, dim]; key, value: [heads, rows, dim]; count: [heads, rows]; below `memory` a value is a sum; first: [heads]; allowed:
-    [heads, queries, rows] bool, or None for all. Returns the output like query, and log-sum-exp [heads, queries]."""
+    """query: [queries, heads, dim]; key, value: [heads, rows, dim]; count: [heads, rows]; below `memory` a value is a
+    sum; first: [heads]; allowed: [heads, queries, rows] bool, or None for all. Returns the output like query, and
+    log-sum-exp [heads, queries]."""
     out = torch.zeros(query.shape, dtype=torch.float64)
     lse = torch.zeros(query.shape[1], query.shape[0], dtype=torch.float64)
     for head in range(query.shape[1]):

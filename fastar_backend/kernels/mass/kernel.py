@@ -13,8 +13,8 @@ def mass_kernel(
     mass,
     D: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
-    """mass [head, columns]: mean over queries 0, stride, 2 stride, ... of count * exp(logit - lse). Other arguments as in
-    `attend_kernel`."""
+    """mass [head, columns]: mean over queries 0, stride, 2 stride, ... of count * exp(logit - lse). Other arguments as
+    in `attend_kernel`."""
     block, head = tl.program_id(0), tl.program_id(1)
     column = block * BLOCK_N + tl.arange(0, BLOCK_N)
     inside = column < stop

@@ -14,8 +14,8 @@ def nearest_kernel(
     D: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,
 ):  # fmt: skip
     """probe: int8 [heads, probes, D]; code: int8 [heads, slots, D]; first: [heads]: the held slots are first..slots.
-    match: int32 [heads, probes], -1 where nothing is held; any of equally near ones. similarity: float32 [heads, probes],
-    the cosine as the codes see it.
+    match: int32 [heads, probes], -1 where nothing is held; any of equally near ones. similarity: float32 [heads,
+    probes], the cosine as the codes see it.
 
     Codes have length 127 or little more, so a product stays below 2^15, and a slot's block number is kept in the low 16
     bits beside it: one multiply-add and one maximum an element, and the row's maximum is taken once, at the end."""

@@ -13,8 +13,8 @@ def turn_kernel(
     out,
     D: tl.constexpr, TIME: tl.constexpr, BLOCK: tl.constexpr,
 ):  # fmt: skip
-    """source: rows of D at [token * source_row + head * source_head] -> out likewise. Token t is turned by the angles in
-    line turns[t // frame_tokens] of cos and sin, float32 [lines, TIME / 2]; dimensions from TIME on pass through."""
+    """source: rows of D at [token * source_row + head * source_head] -> out likewise. Token t is turned by the angles
+    in line turns[t // frame_tokens] of cos and sin, float32 [lines, TIME / 2]; dimensions from TIME on pass through."""
     block, head = tl.program_id(0), tl.program_id(1).to(tl.int64)
     token = block * BLOCK + tl.arange(0, BLOCK)
     valid = token < tokens
