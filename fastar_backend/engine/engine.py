@@ -121,8 +121,7 @@ class StreamEngine:
     def _bounded_bytes(self, attention: AttentionConfig) -> int:
         model = self.world.config.model
         decoder = state_bytes(self.world.decoder, model.latent_height, model.latent_width, self.dtype)
-        text = 2 * model.layers * model.text_tokens * model.dim * self.dtype.itemsize
-        return decoder + text + bytes_of_caches(self.shape, attention, model.layers)
+        return decoder + bytes_of_caches(self.shape, attention, model.layers)
 
     @torch.inference_mode()
     def costs(self, sizes: Sequence[int], steps: int = 3) -> dict[int, float]:

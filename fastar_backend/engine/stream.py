@@ -145,13 +145,8 @@ class Stream:
     def cache_bytes(self) -> int:
         """Keys, values and their bookkeeping, the decoder's state, recall probes' history included."""
         decoded = sum(value.nbytes for value in self.decoded.values())
-        text = sum(text.keys.nbytes + text.values.nbytes for text in self.text)
-        return (
-            decoded
-            + text
-            + self.caches.nbytes
-            + sum(probe.history.nbytes for probe in self.probes if probe is not None)
-        )
+        probes = sum(probe.history.nbytes for probe in self.probes if probe is not None)
+        return decoded + probes + self.caches.nbytes
 
     def fork(self) -> Stream:
         """A stream in the same state. Caches are shared until one side begins its next chunk. Not with probes."""

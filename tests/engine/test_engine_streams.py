@@ -371,7 +371,7 @@ def test_limit_of_bytes_admits_what_it_promises(world):
     token_bytes = 2 * model.dim * model.layers * 4
     limit = 8 * model.frame_tokens * token_bytes
     engine = StreamEngine(world, SMALL, stream_bytes=limit)
-    for budget in range(1, 5):
+    for budget in range(2, 5):
         attention = AttentionConfig(budget_frames=budget, recent_frames=1)
         engine.open(1, "a maze", StreamOptions(attention=attention, start="nothing"))
         ok(engine.step([ChunkRequest(1, ("",))])[0])
