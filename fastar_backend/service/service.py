@@ -73,6 +73,7 @@ class Service:
         speed on CPUs (docs/decisions.md)."""
         config = self.config
         self.engine = load()
+        _ = self.engine.fingerprint  # seconds for large weights: now, and not at the first snapshot of a live stream
         # The service admits; a stream that is rewound is there twice for a moment.
         self.engine.max_streams = 2 * config.max_streams + 1
         self.world = self.engine.world_info()
