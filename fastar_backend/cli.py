@@ -90,6 +90,9 @@ def serve(
     tls_name: Annotated[
         str, typer.Option(help="Name in the certificate by which the health check calls.")
     ] = "localhost",
+    trace_rate: Annotated[
+        int, typer.Option(help="Triton's own trace of one request in so many, beside the streams' (OTEL_* variables).")
+    ] = 0,
     threads: Annotated[int | None, typer.Option(help="CPU threads of the model.", show_default="all cores")] = None,
     log_level: Annotated[str, typer.Option(help="debug, info, warning or error.")] = "info",
     model_repository: Annotated[Path | None, typer.Option(help="Folder that holds fastar/config.pbtxt.")] = None,

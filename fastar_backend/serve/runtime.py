@@ -96,6 +96,9 @@ def _command(
         if settings.tls_client_ca:
             flags |= {"grpc-use-ssl-mutual": "true", "grpc-root-cert": settings.tls_client_ca}
     values = [f"--{name}={value}" for name, value in flags.items()]
+    if settings.trace_rate:
+        trace = ("mode=opentelemetry", "level=TIMESTAMPS", f"rate={settings.trace_rate}")
+        values += [f"--trace-config={value}" for value in (*trace, f"opentelemetry,url={settings.trace_url}")]
     return [str(installation.server), "--disable-auto-complete-config", *values]
 
 

@@ -38,6 +38,9 @@ class ServeSettings(ExecutionConfig):
     startup_timeout: float = Field(600.0, gt=0)
     canary_seconds: float = Field(5.0, gt=0)
     hang_seconds: float = Field(120.0, gt=0)  # a canary request unanswered for so long means a hung model
+    # Triton's own trace of one request in so many, to the collector that the OTEL_* variables name; 0: none. A stream
+    # whose first request is among them hangs below Triton's span; a client's trace context makes all its requests so.
+    trace_rate: int = Field(0, ge=0)
     max_restarts: int = Field(5, ge=0)  # in a row; a healthy minute forgives all
     # PEM files. The health check calls the server by `tls_name`, trusts `tls_certificate` and, with mutual TLS, shows
     # it: there the server's certificate must be signed by `tls_client_ca`, too.
@@ -63,6 +66,18 @@ class ServeSettings(ExecutionConfig):
         if (self.tls_certificate is None) != (self.tls_key is None) or (self.tls_client_ca and not self.tls_key):
             raise ValueError("tls_certificate and tls_key go together, and tls_client_ca with both")
         return self
+
+    @model_validator(mode="after")
+    def _collector(self) -> ServeSettings:
+        if self.trace_rate and not self.trace_url:
+            raise ValueError("trace_rate needs a collector: set OTEL_EXPORTER_OTLP_ENDPOINT")
+        return self
+
+    @property
+    def trace_url(self) -> str | None:
+        """Of the OTLP/HTTP collector."""
+        base = os.environ.get("OTEL_EXPORTER_OTLP_ENDPOINT")
+        return os.environ.get("OTEL_EXPORTER_OTLP_TRACES_ENDPOINT") or (base and f"{base.rstrip('/')}/v1/traces")
 
     @field_validator("attention", mode="before")
     @classmethod

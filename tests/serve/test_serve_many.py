@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import json
 import os
 import re
 import threading
@@ -257,7 +258,7 @@ class Receiver:
     """A real OTLP/HTTP collector."""
 
     def __enter__(self) -> Receiver:
-        self.spans = spans = []
+        self.spans, self.tritons = spans, tritons = [], []
 
         class Handler(BaseHTTPRequestHandler):
             def do_POST(self):
@@ -266,10 +267,14 @@ class Receiver:
                     import gzip
 
                     body = gzip.decompress(body)
-                request = ExportTraceServiceRequest.FromString(body)
-                for resource in request.resource_spans:
-                    for scope in resource.scope_spans:
-                        spans.extend(scope.spans)
+                if self.headers["Content-Type"] == "application/json":  # Triton's
+                    for resource in json.loads(body)["resourceSpans"]:
+                        for scope in resource["scopeSpans"]:
+                            tritons.extend(scope["spans"])
+                else:
+                    for resource in ExportTraceServiceRequest.FromString(body).resource_spans:
+                        for scope in resource.scope_spans:
+                            spans.extend(scope.spans)
                 self.send_response(200)
                 self.end_headers()
 
@@ -308,6 +313,33 @@ def test_one_trace_from_the_clients_span_to_every_phase(tiny_world, monkeypatch)
         phases = ("queue", "prepare", "denoise", "write", "decode", "encode", "send")
         assert inside == {f"fastar.{phase}" for phase in phases}
     assert not any(PROMPT in str(span) for span in spans)
+
+
+def test_tritons_own_span_is_the_streams_parent(tiny_world, monkeypatch):
+    with Receiver() as receiver:
+        monkeypatch.setenv("OTEL_EXPORTER_OTLP_ENDPOINT", receiver.url)
+        monkeypatch.setenv("OTEL_BSP_SCHEDULE_DELAY", "200")
+        trace, parent = "0af7651916cd43dd8448eb211c80319c", "b7ad6b7169203331"
+        with Server(settings_of(tiny_world, trace_rate=1)) as server:
+            stream = Stream(server.grpc_url, headers={"traceparent": f"00-{trace}-{parent}-01"})
+            stream.chunk(prompt=PROMPT, start=True)
+            stream.chunk(end=True)
+            stream.close()
+            mine = lambda: [span for span in receiver.spans if span.name == "fastar.stream"]  # noqa: E731
+            assert until(lambda: mine() and receiver.tritons, 20)
+        (root,) = [span for span in mine() if span.trace_id.hex() == trace]
+        spans = {span["spanId"]: span for span in receiver.tritons if span["traceId"] == trace}
+    assert root.parent_span_id.hex() in spans, "below Triton's, which is below the client's"
+    above = spans[root.parent_span_id.hex()]
+    while above.get("parentSpanId") in spans:
+        above = spans[above["parentSpanId"]]
+    assert above["parentSpanId"] == parent
+
+
+def test_tritons_trace_needs_a_collector(tiny_world, monkeypatch):
+    monkeypatch.delenv("OTEL_EXPORTER_OTLP_ENDPOINT", raising=False)
+    with pytest.raises(ValueError, match="set OTEL_EXPORTER_OTLP_ENDPOINT"):
+        settings_of(tiny_world, trace_rate=1)
 
 
 def test_a_dead_collector_delays_nothing(tiny_world, monkeypatch, steady):

@@ -88,7 +88,7 @@ class TritonPythonModel:
             starts=bool(flags & pb_utils.TRITONSERVER_REQUEST_FLAG_SEQUENCE_START),
             ends=bool(flags & pb_utils.TRITONSERVER_REQUEST_FLAG_SEQUENCE_END),
             tenant=headers.get("x-fastar-tenant", "default"),
-            traceparent=headers.get("traceparent", "")[:HEADER] or None,
+            traceparent=triton_span(request) or headers.get("traceparent", "")[:HEADER] or None,
             cancelled=sender.is_cancelled,
         )
         try:
@@ -127,6 +127,12 @@ class TritonPythonModel:
         while not self.stopping.wait(1.0):
             if os.getppid() != self.server:  # tritonserver was killed: it takes its model process with it
                 os._exit(1)
+
+
+def triton_span(request: Any) -> str | None:
+    """W3C context of Triton's own span of the request, where it is traced (`fastar serve --trace-rate`)."""
+    context = request.trace().get_context()
+    return json.loads(context).get("traceparent") if context else None
 
 
 def as_bytes(data: bytes) -> torch.Tensor:
