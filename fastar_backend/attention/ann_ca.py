@@ -13,7 +13,7 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from fastar_backend.attention import ann
-from fastar_backend.attention.cache import attention
+from fastar_backend.attention.cache import HALF, attention
 from fastar_backend.config import AttentionConfig
 
 
@@ -33,23 +33,33 @@ class TextCache:
             padding = (text[first] == 0).all(-1)
             self.padding = int(padding.int().argmax() if padding.any() else count.argmax())
         self.keys, self.values = key.transpose(0, 1).contiguous(), value.transpose(0, 1).contiguous()
-        self.kept = float(len(key))  # tokens attended to by the last call, mean over heads
-        self.groups: tuple[Tensor, Tensor, Tensor] | None = None  # the kernel's values (sums), counts, first rows
-        half = self.keys.dtype in (torch.bfloat16, torch.float16)
-        if self.bias is not None and self.keys.is_cuda and half and not config.select_text:
-            counts = count.float().expand(len(self.keys), -1).contiguous()
-            sums = (self.values * counts[..., None]).to(self.values.dtype)
-            self.groups = sums, counts, torch.zeros(len(self.keys), dtype=torch.int32, device=self.keys.device)
+        self.kept: float | Tensor = float(len(key))  # tokens attended to by the last call, mean over heads
+        self.groups: tuple[Tensor, Tensor] | None = None
+        if self.bias is not None and self.keys.is_cuda and self.keys.dtype in HALF:
+            self.use_kernel()
+
+    def use_kernel(self) -> None:
+        """From now on by the kernel (fastar only), which takes groups' values as sums, and their counts."""
+        counts = self.bias.float().exp().expand(len(self.keys), -1).contiguous()
+        self.groups = (self.values * counts[..., None]).to(self.values.dtype), counts
+
+    def _by_kernel(self, query: Tensor) -> Tensor:
+        from fastar_backend.kernels import ops  # a mask would have the size of queries x keys
+
+        sums, counts = self.groups
+        if self.config.select_text:  # a token that is dropped counts for nothing; the host need not know how many are
+            keep = self.near(query)
+            sums, counts = sums * keep[..., None], counts * keep
+            self.kept = keep.float().sum(-1).mean()
+        first = torch.zeros(len(counts), dtype=torch.int32, device=counts.device)
+        rows = counts.shape[1]
+        return ops.attend(query.transpose(0, 1), self.keys, sums, counts, first, rows, rows).transpose(0, 1)
 
     def attend(self, query: Tensor) -> Tensor:
         """query: [heads, n, head_dim] -> the same shape."""
         keys, values = self.keys, self.values
         if self.groups is not None:
-            from fastar_backend.kernels import ops  # a mask would have the size of queries x keys
-
-            sums, counts, first = self.groups
-            rows = keys.shape[1]
-            return ops.attend(query.transpose(0, 1), keys, sums, counts, first, rows, rows).transpose(0, 1)
+            return self._by_kernel(query)
         if self.bias is None:
             return attention(query, keys, values, None)
         bias = self.bias.expand(keys.shape[0], -1)

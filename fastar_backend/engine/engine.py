@@ -413,7 +413,7 @@ class StreamEngine:
             density=caches.executed / caches.possible,
             recall=sum(recall) / len(recall) if recall else None,
             merged_tokens=caches.merged,
-            text_tokens=sum(text.kept for text in stream.text) / len(stream.text),
+            text_tokens=float(sum(text.kept for text in stream.text) / len(stream.text)),
             step_seconds=seconds,
             batch=batch,
             prompt_applied=prompt_applied,

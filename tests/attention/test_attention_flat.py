@@ -7,7 +7,7 @@ import copy
 import pytest
 import torch
 
-from fastar_backend.attention import temp_cache
+from fastar_backend.attention import TextCache, temp_cache
 from fastar_backend.attention.cache import CacheShape, FrameCache
 from fastar_backend.attention.flat_cache import FlatCaches, supports
 from fastar_backend.attention.layers import PortableCaches
@@ -219,3 +219,18 @@ def test_sparse_attention_finds_what_dense_finds():
 def test_what_flat_caches_leave_to_the_portable_ones(config):
     assert not supports(shape_of(), config)
     assert isinstance(PortableCaches(shape_of(), config, 1)[0], FrameCache)
+
+
+@pytest.mark.parametrize("select", [False, True])
+def test_the_prompt_by_the_kernel(select):
+    """Folded padding, and AnnCA's choice, as counts: the same as the portable masks."""
+    config = AttentionConfig(select_text=select, index_bits=6, index_tables=2)
+    text = torch.cat([torch.randn(7, 12), torch.zeros(13, 12)]).to(DEVICE)
+    key, value = ((text @ torch.randn(12, 32, device=DEVICE)).unflatten(1, (2, 16)) for _ in range(2))
+    plain, other = TextCache(key, value, text, config), TextCache(key, value, text, config)
+    other.use_kernel()
+    query = torch.randn(2, 21, 16, device=DEVICE)
+    expected = plain.attend(query)
+    assert torch.allclose(other.attend(query), expected, atol=1e-5)
+    assert float(other.kept) == pytest.approx(plain.kept)
+    assert plain.kept < 8 if select else plain.kept == 8
