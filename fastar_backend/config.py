@@ -132,6 +132,10 @@ class AttentionConfig(Config):
     sparse_density: float = Field(1.0, gt=0, le=1)
     sparse_block: int = Field(48, ge=1, le=4096)  # queries that share one selection
     dense_steps: float = Field(0.3, ge=0, le=1)  # first share of the denoising steps that stays dense
+    # The quality guard: AnnSA's recall is sampled in every chunk (observe); the density is moved so that it stays above
+    # the floor, and not far above (hold; sparse_density is then where that begins).
+    guard: Literal["off", "observe", "hold"] = "off"
+    recall_floor: float = Field(0.95, ge=0, le=1)
     # AnnCA: the bucket test. Off: equal prompt tokens are folded all the same, which is exact.
     select_text: bool = False
 
@@ -152,6 +156,8 @@ class AttentionConfig(Config):
             raise ValueError("budget_frames must exceed sink_frames")
         if self.kind == "fastar" and self.sink_frames + self.recent_frames > self.budget_frames:
             raise ValueError("budget_frames must hold sink_frames + recent_frames")
+        if self.kind != "fastar" and self.guard != "off":
+            raise ValueError(f"guard must be off where kind is {self.kind}: it watches AnnSA, which is fastar's")
         return self
 
 

@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import copy
 import dataclasses
 from collections.abc import Iterator
 from typing import Any, Protocol, Self
 
 from torch import Tensor
 
+from fastar_backend.attention import guard
 from fastar_backend.attention.cache import CacheShape, FrameCache
 from fastar_backend.attention.temp_cache import TempCache
 from fastar_backend.config import AttentionConfig
@@ -22,6 +24,7 @@ class CacheStats:
     executed: float
     possible: float
     merged: float
+    guard: tuple[float, float] | None = None  # recall and error of AnnSA, sampled (guard.py); None: not watched
 
 
 class Caches(Protocol):
@@ -65,6 +68,7 @@ class PortableCaches:
     """Each layer by itself, in plain PyTorch: any device, any setting."""
 
     def __init__(self, shape: CacheShape, config: AttentionConfig, layers: int) -> None:
+        self.shape, self.config = shape, config
         self.layers = [make_cache(shape, config) for _ in range(layers)]
 
     def __iter__(self) -> Iterator[FrameCache]:
@@ -81,27 +85,33 @@ class PortableCaches:
         return sum(cache.nbytes for cache in self.layers)
 
     def begin(self, start: int) -> None:
-        for cache in self.layers:
+        samples = guard.plan(self.config, self.shape, len(self.layers), start)
+        for cache, sample in zip(self.layers, samples, strict=True):
             cache.begin(start)
+            if isinstance(cache, TempCache):
+                cache.sample, cache.measured = sample, None
 
     def commit(self) -> None:
         """Nothing: each layer takes its chunk in as it is written."""
 
     def configure(self, config: AttentionConfig) -> None:
+        self.config = config
         for cache in self.layers:
             cache.config = config
 
     def stats(self) -> CacheStats:
         count = len(self.layers)
+        measured = [getattr(cache, "measured", None) for cache in self.layers]
         return CacheStats(
             sum(cache.tokens for cache in self.layers) / count,
             sum(cache.executed for cache in self.layers),
             sum(cache.possible for cache in self.layers),
             sum(getattr(cache, "merged", 0.0) for cache in self.layers) / count,
+            guard.summary([pair for pair in measured if pair is not None], self.config),
         )
 
     def fork(self) -> PortableCaches:
-        twin = PortableCaches.__new__(PortableCaches)
+        twin = copy.copy(self)
         twin.layers = [cache.fork() for cache in self.layers]
         return twin
 

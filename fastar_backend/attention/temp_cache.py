@@ -21,7 +21,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from fastar_backend.attention import ann, ann_sa
+from fastar_backend.attention import ann, ann_sa, guard
 from fastar_backend.attention.cache import CacheShape, FrameCache
 from fastar_backend.config import AttentionConfig
 
@@ -61,6 +61,8 @@ class TempCache(FrameCache):
         self.used = 0  # slots in use, the fullest head's
         self.merged = 0.0  # tokens and groups that went into another group so far, mean over heads
         self.selection: ann_sa.Selection | None = None
+        self.sample: guard.Sample | None = None  # what the guard looks at in this chunk
+        self.measured: Tensor | None = None  # recall and error of it
         self.reports: list[MergeReport] = []  # of the last append: one for each frame that left the newest
 
     @property
@@ -96,6 +98,8 @@ class TempCache(FrameCache):
             bias = None if self.bias is None else self.bias[:, : self.tokens]
             self.selection = ann_sa.select(query, keys[:, : self.tokens], bias, config)
         self.count_pairs(query.shape[1], self.selection.keys_per_block + key.shape[1])
+        if progress >= 1 and self.sample is not None:
+            self.measured = guard.by_keys(self.sample, query, keys, values, self.bias, self.selection)
         return ann_sa.attend(query, keys, values, self.bias, self.selection)
 
     def append(self, query: Tensor, key: Tensor, value: Tensor) -> None:
