@@ -25,7 +25,7 @@ MAY_IMPORT = {
     "fastar_backend.kernels": ("kernels",),
     "fastar_backend.attention.reference": (),  # shares no code, hence no mistake, with what it checks
     "fastar_backend.attention": ("config", "errors", "kernels", "model.layers", "attention"),
-    "fastar_backend.model": ("config", "errors", "model"),
+    "fastar_backend.model": ("config", "errors", "kernels", "model"),
     "fastar_backend.engine": ("config", "errors", "attention", "model", "engine"),
     "fastar_backend.service": ("config", "errors", "engine", "service"),
     "fastar_backend.serve": ("config", "errors", "service.config", "serve"),

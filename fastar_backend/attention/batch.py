@@ -43,7 +43,7 @@ class StreamsAttend:
 
     def _by_kernels(self, query: Tensor, key: Tensor, value: Tensor) -> Tensor:
         rows = zip(self.caches, query, key, value, strict=True)
-        return torch.stack([cache.attend(q, k, v, self.progress, self.write) for cache, q, k, v in rows])
+        return _stacked([cache.attend(q, k, v, self.progress, self.write) for cache, q, k, v in rows])
 
     def _portable(self, query: Tensor, key: Tensor, value: Tensor) -> Tensor:
         query, key, value = (x.transpose(1, 2) for x in (query, key, value))  # [streams, heads, tokens, head_dim]
@@ -70,4 +70,9 @@ class StreamsAttendText:
 
     def __call__(self, query: Tensor) -> Tensor:
         query = query.transpose(1, 2)
-        return torch.stack([cache.attend(q) for cache, q in zip(self.caches, query, strict=True)]).transpose(1, 2)
+        return _stacked([cache.attend(q) for cache, q in zip(self.caches, query, strict=True)]).transpose(1, 2)
+
+
+def _stacked(parts: list[Tensor]) -> Tensor:
+    """A stream alone, the common case on a GPU, is not copied."""
+    return parts[0][None] if len(parts) == 1 else torch.stack(parts)

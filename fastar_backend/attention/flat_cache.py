@@ -38,7 +38,7 @@ def supports(shape: CacheShape, config: AttentionConfig) -> bool:
     chunk, recent = shape.chunk_frames, newest(config)
     whole = config.sink_frames % chunk == 0 and recent % chunk == 0 and recent > 0
     plain = config.weight == "count" and config.representative == "last" and config.match == "key"
-    power = shape.head_dim & (shape.head_dim - 1) == 0 and shape.head_dim >= 16
+    power = shape.head_dim & (shape.head_dim - 1) == 0 and shape.head_dim >= 32  # int8 products take 32 at least
     return (
         power and whole and (config.kind == "window" or (config.kind == "fastar" and plain and config.index != "lsh"))
     )
@@ -107,9 +107,10 @@ class FlatCaches:
 
     def _lines(self, positions: Any) -> Tensor:
         """Lines of the table of turns, int32."""
-        return torch.tensor(
-            [position + self.span for position in positions], dtype=torch.int32, device=self.keys.device
-        )
+        lines = torch.tensor([position + self.span for position in positions], dtype=torch.int32)
+        if self.keys.is_cuda:  # through pinned memory: the host does not wait
+            lines = lines.pin_memory()
+        return lines.to(self.keys.device, non_blocking=True)
 
     def _reset(self) -> None:
         self.dense_calls = self.sparse_calls = self.seen = 0
@@ -170,7 +171,7 @@ class FlatCaches:
         lost = evicts | ~(replace | joins.gather(1, newcomer))
         loser = ops.Groups(
             key,  # not looked at: whoever is folded in does not change its group's key
-            torch.where(evicts[..., None], _rows(held.value, slot), _rows(new.value, newcomer)),
+            _rows(held.value, torch.where(evicts, slot, rows.start + newcomer)),
             torch.where(evicts[..., None], _rows(held.code, slot), _rows(code, newcomer)),
             torch.where(evicts, held.count.gather(1, slot), 1.0),
             torch.where(evicts, held.usage.gather(1, slot), usage.gather(1, newcomer)),
@@ -289,5 +290,6 @@ class FlatLayer:
 
 
 def _rows(x: Tensor, index: Tensor) -> Tensor:
-    """x [heads, m, d] at index [heads, n] -> [heads, n, d]."""
-    return x[torch.arange(len(x), device=x.device)[:, None], index]
+    """x [heads, m, d], contiguous, at index [heads, n] -> [heads, n, d]."""
+    first = torch.arange(len(x), device=x.device)[:, None] * x.shape[1]
+    return x.view(-1, x.shape[2]).index_select(0, (index + first).flatten()).view(*index.shape, -1)

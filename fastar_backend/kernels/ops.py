@@ -15,6 +15,7 @@ from fastar_backend.kernels.attend.kernel import attend_kernel
 from fastar_backend.kernels.mass.kernel import mass_kernel
 from fastar_backend.kernels.merge.kernel import merge_kernel, place_kernel
 from fastar_backend.kernels.nearest.kernel import nearest_kernel
+from fastar_backend.kernels.norm.kernel import heads_kernel, modulate_kernel
 from fastar_backend.kernels.turn.kernel import turn_kernel
 
 KEY_BLOCK = 128  # keys that AnnSA selects together
@@ -142,6 +143,46 @@ def turn(source: Tensor, turns: Tensor, cos: Tensor, sin: Tensor, frame_tokens: 
         out,
         D=dim, TIME=2 * cos.shape[1], BLOCK=32, num_warps=4,
     )  # fmt: skip
+
+
+def modulate(x: Tensor, table: Tensor, change: Tensor, eps: float, *, add: Tensor | None = None,
+             gate: int | None = None, shift: int | None = None, affine: tuple[Tensor, Tensor] | None = None,
+             ) -> tuple[Tensor, Tensor | None]:  # fmt: skip
+    """(x + add * gate, its layer norm * (1 + scale) + shift or affine: weight, bias; None where neither is asked for).
+
+    x, add: [batch, frames, tokens, dim], contiguous; table: [6, dim] + change: [batch, frames, 6, dim]: the rows `gate`,
+    `shift` and, for the scale, the one after it (Wan's modulation of a block)."""
+    dim, tokens = x.shape[-1], x.shape[-2]
+    norm = affine is not None or shift is not None
+    out = x if add is None else torch.empty_like(x)
+    normed = torch.empty_like(x) if norm else None
+    weight, bias = affine or (table, table)
+    modulate_kernel[(x.numel() // dim,)](
+        x, x if add is None else add, table, change, weight, bias,
+        dim, tokens, gate or 0, shift or 0, eps,
+        out, out if normed is None else normed,
+        BLOCK=triton.next_power_of_2(dim), RESIDUAL=add is not None, GATED=gate is not None, NORM=norm,
+        AFFINE=affine is not None, num_warps=4,
+    )  # fmt: skip
+    return out, normed
+
+
+def normalise_heads(source: Tensor, weight: Tensor, eps: float, turns: tuple[Tensor, Tensor] | None = None) -> Tensor:
+    """RMS norm over all heads of each part, then rotary positions in space.
+
+    source: [..., columns], rows evenly apart, whose first columns are parts x heads x dim; weight: [parts, heads, dim];
+    turns: cos and sin, float32 [tokens, dim / 2], of row % tokens. Returns [parts, rows, heads, dim]."""
+    parts, heads, dim = weight.shape
+    rows = source.numel() // source.shape[-1]
+    out = torch.empty(parts, rows, heads, dim, device=source.device, dtype=source.dtype)
+    cos, sin = turns or (weight, weight)
+    heads_kernel[(rows, parts)](
+        source, weight, cos, sin,
+        rows, heads, cos.shape[0], source.stride(-2), eps,
+        out,
+        D=dim, HEADS=triton.next_power_of_2(heads), ROTATE=turns is not None, num_warps=4,
+    )  # fmt: skip
+    return out
 
 
 @dataclasses.dataclass(frozen=True)

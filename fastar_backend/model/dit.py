@@ -157,7 +157,7 @@ class CausalDiT(nn.Module):
         steer: one per block. Returns flow or clean latents (`config.prediction`), [B, F, latent_channels, height,
         width]."""
         config, (batch, frames) = self.config, latents.shape[:2]
-        x = self.patch_embedding(latents.transpose(1, 2)).flatten(3).permute(0, 2, 3, 1)
+        x = self.patch_embedding(latents.transpose(1, 2)).flatten(3).permute(0, 2, 3, 1).contiguous()
         e = self.time_embedding(sinusoidal_embedding(sigma * 1000, config.freq_dim).to(x.dtype))
         if config.action_dim:
             e = e + self.action_embedding(actions.to(x.dtype))

@@ -1,4 +1,4 @@
-"""How a world that is loaded is run: in 8 bits, compiled."""
+"""How a world that is loaded is run: by kernels, in 8 bits, compiled."""
 
 from __future__ import annotations
 
@@ -23,11 +23,19 @@ def tune(world: World, execution: ExecutionConfig) -> None:
         if weight.is_cuda:
             _check_fp8(dit, torch.cuda.get_device_capability(weight.device))
         quantise_blocks(dit)
-    fast = weight.is_cuda and weight.dtype == torch.bfloat16
-    if fast if execution.compile is None else execution.compile:
-        dit.compile_blocks()
+    half = weight.is_cuda and weight.dtype in (torch.bfloat16, torch.float16)
+    fused = half and execution.precision != "fp8" and _fuse(dit)
+    if half if execution.compile is None else execution.compile:
+        if not fused:
+            dit.compile_blocks()
         if isinstance(world.decoder, TinyDecoder):  # Wan's VAE would take three times the memory, compiled
             world.decoder.decode = torch.compile(world.decoder.decode, dynamic=False)
+
+
+def _fuse(dit: CausalDiT) -> bool:
+    from fastar_backend.model.fused import fuse_blocks  # Triton comes with PyTorch for CUDA only
+
+    return fuse_blocks(dit)
 
 
 def _check_fp8(dit: CausalDiT, capability: tuple[int, int]) -> None:

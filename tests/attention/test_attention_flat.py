@@ -17,7 +17,7 @@ DEVICE = torch.device("cuda" if torch.cuda.is_available() else "cpu")
 LAYERS = 2
 
 
-def shape_of(frame_tokens: int = 9, chunk: int = 2, reach: int = 4, dim: int = 16) -> CacheShape:
+def shape_of(frame_tokens: int = 9, chunk: int = 2, reach: int = 4, dim: int = 32) -> CacheShape:
     return CacheShape(1, dim, frame_tokens, chunk, reach, (dim - 8, 4, 4), 100.0, DEVICE, torch.float32)
 
 

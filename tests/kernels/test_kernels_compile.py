@@ -45,6 +45,11 @@ KERNELS = {
              {"D": 128, "TIME": 44, "BLOCK": 32}, 4),
     "place": ("merge", "place_kernel", ROWS | {"slot": "*i64", "newcomer": "*i64", "replace": I8}, {"D": 128}, 1),
     "merge": ("merge", "merge_kernel", ROWS | {"target": INT, "order": INT}, {"D": 128, "RENEW": True}, 1),
+    "modulate": ("norm", "modulate_kernel", dict.fromkeys(("x", "y", "table", "change", "weight", "bias", "out",
+                 "normed"), B) | {"eps": "fp32"},
+                 {"BLOCK": 2048, "RESIDUAL": True, "GATED": True, "NORM": True, "AFFINE": False}, 4),
+    "heads": ("norm", "heads_kernel", {"source": B, "weight": B, "cos": F, "sin": F, "eps": "fp32", "out": B},
+              {"D": 128, "HEADS": 16, "ROTATE": True}, 4),
 }  # fmt: skip
 TENSOR_CORES = {"dense", "sparse", "small", "mass", "nearest"}
 

@@ -11,6 +11,7 @@ from fastar_backend.kernels.attend.reference import attend
 from fastar_backend.kernels.mass.reference import mass
 from fastar_backend.kernels.merge import reference as merging
 from fastar_backend.kernels.nearest.reference import nearest
+from fastar_backend.kernels.norm import reference as norm
 from fastar_backend.kernels.turn.reference import turn
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
@@ -203,3 +204,41 @@ def test_the_order_of_members_decides_every_bit():
         ops.merge(held, target, new, True)
         results.append(held)
     assert all(torch.equal(a, b) for a, b in zip(results[0].tensors, results[1].tensors, strict=True))
+
+
+@pytest.mark.parametrize(
+    ("add", "gate", "shift", "affine"),
+    [(False, None, 0, False), (True, 2, None, True), (True, None, 3, False), (True, 5, None, False)],
+)
+@pytest.mark.parametrize("dim", [24, 96, 128])
+def test_modulate(add, gate, shift, affine, dim):
+    x, y = random(2, 3, 5, dim) * 3 + 1, random(2, 3, 5, dim)
+    table, change, pair = random(6, dim), random(2, 3, 6, dim), (random(dim), random(dim))
+    out, normed = ops.modulate(
+        x, table, change, 1e-6, add=y if add else None, gate=gate, shift=shift, affine=pair if affine else None
+    )
+    flat = [part.flatten(0, 1).cpu() for part in (x, y, change)]
+    pair = tuple(part.cpu() for part in pair) if affine else None
+    expected = norm.modulate(
+        flat[0], flat[1] if add else None, table.cpu(), flat[2], gate=gate, shift=shift, affine=pair, eps=1e-6
+    )
+    assert out.shape == x.shape
+    assert error(out.flatten(0, 1), expected[0]) < 1e-6
+    if affine or shift is not None:
+        assert error(normed.flatten(0, 1), expected[1]) < 1e-5
+    else:
+        assert normed is None
+
+
+@pytest.mark.parametrize(("parts", "heads", "dim", "tokens"), [(2, 3, 16, 5), (1, 1, 32, 7), (2, 12, 16, 4)])
+def test_normalise_heads(parts, heads, dim, tokens):
+    rows, extra = 3 * tokens, heads * dim  # as queries, keys and values come from one product
+    source, weight = random(3, tokens, parts * heads * dim + extra), random(parts, heads, dim)
+    angles = random(tokens, dim // 2)
+    for turns in (None, (angles.cos(), angles.sin())):
+        out = ops.normalise_heads(source, weight, 1e-6, turns)
+        columns = source.flatten(0, 1)[:, : parts * heads * dim].unflatten(1, (parts, heads, dim)).cpu()
+        cos, sin = (part.cpu() for part in turns) if turns else (None, None)
+        expected = norm.heads(columns, weight.cpu(), cos, sin, 1e-6)
+        assert out.shape == (parts, rows, heads, dim)
+        assert error(out, expected) < 1e-5
