@@ -1,6 +1,7 @@
 """FAST-AR at full scale: Wan2.1-1.3B's causal transformer at 480x832 on one GPU, thousands of frames.
 
     python -m benchmarks.wan --out DIR                      # headline: FAST-AR, window and dense; decoder included
+    python -m benchmarks.wan --part lengths --out DIR       # a chunk after histories of several lengths: break-even
     python -m benchmarks.wan --part streams --out DIR       # streams per GPU at 16 FPS
     python -m benchmarks.wan --part table --out DIR         # where the time of a chunk goes, and each part's floor
 
@@ -26,13 +27,13 @@ import typer
 from torch import nn
 
 from fastar_backend.attention.batch import StreamsAttend
-from fastar_backend.config import AttentionConfig, ModelConfig, SamplerConfig
+from fastar_backend.config import AttentionConfig, ExecutionConfig, ModelConfig, SamplerConfig
 from fastar_backend.engine.engine import StreamEngine
 from fastar_backend.engine.stream import ChunkRequest, StreamOptions
 from fastar_backend.errors import FastarError
 from fastar_backend.model.dit import CausalDiT
-from fastar_backend.model.fp8 import quantise_blocks
 from fastar_backend.model.taehv import TinyDecoder
+from fastar_backend.model.tuning import tune
 from fastar_backend.model.wan_vae import WanDecoder
 from fastar_backend.model.world import World, WorldConfig
 
@@ -87,14 +88,9 @@ def make_world(decoder: str, layers: int, tiny: bool, device: str, dtype: torch.
     return World(config, dit, RandomText(model, on, dtype), pixels.eval().requires_grad_(False), None, {})
 
 
-def make_engine(world: World, *, compiled: bool, fp8: bool, attention: AttentionConfig) -> StreamEngine:
+def make_engine(world: World, *, execution: ExecutionConfig, attention: AttentionConfig) -> StreamEngine:
     torch.backends.cudnn.benchmark = True
-    if fp8:
-        quantise_blocks(world.dit)
-    if compiled:
-        world.dit.compile_blocks()
-        if isinstance(world.decoder, TinyDecoder):  # as fastar_backend.model.tuning does
-            world.decoder.decode = torch.compile(world.decoder.decode, dynamic=False)
+    tune(world, execution)
     return StreamEngine(world, attention, max_streams=64, stream_bytes=1 << 62)
 
 
@@ -144,6 +140,33 @@ def rollout(engine: StreamEngine, policy: AttentionConfig, frames: int, seconds:
             "cache_tokens": None if chunk is None else chunk.stats.cache_tokens,
         }  # fmt: skip
     return result
+
+
+@torch.inference_mode()
+def at_lengths(engine: StreamEngine, policy: AttentionConfig, frames: list[int]) -> list[dict[str, float]]:
+    """Three chunks after histories of so many latent frames, filled with random keys and values: what a chunk costs
+    there without the time that a rollout takes to get there. Ends where the memory does."""
+    rows: list[dict[str, float]] = []
+    gc.collect()
+    torch.cuda.empty_cache()
+    engine.open(1, "a forest in the rain", StreamOptions(seed=1, start="nothing", attention=policy))
+    stream = engine.streams[1]
+    try:
+        for latent in frames:
+            while stream.latent_frame < latent:
+                engine.fill_chunk(stream)
+            torch.cuda.reset_peak_memory_stats()
+            times = []
+            for _ in range(4):
+                start = time.perf_counter()
+                advance(engine, [1])
+                times.append(time.perf_counter() - start)
+            peak = torch.cuda.max_memory_allocated() / 2**30
+            rows.append({"latent_frames": stream.latent_frame, "ms": 1000 * min(times[1:]), "peak_gib": peak})
+    except (FastarError, torch.OutOfMemoryError):
+        print(f"out of memory after {stream.latent_frame} latent frames", flush=True)
+    engine.close(1)
+    return rows
 
 
 @torch.inference_mode()
@@ -294,7 +317,9 @@ def plot(runs: dict[str, Any], path: Path) -> None:
 
 def main(
     out: Path = Path("out/wan"),
-    part: Annotated[str, typer.Option(help="rollouts, streams or table; several by commas.")] = "rollouts",
+    part: Annotated[
+        str, typer.Option(help="rollouts, lengths, streams or table; several by commas.")
+    ] = "rollouts",
     policies: str = "fastar,window,dense",
     frames: int = 2880,
     seconds: Annotated[float, typer.Option(help="Limit for each rollout.")] = 240.0,
@@ -314,7 +339,8 @@ def main(
         "window": AttentionConfig(kind="window", budget_frames=budget, sink_frames=3),
     }
     world = make_world(decoder, layers, tiny, "cuda", torch.bfloat16)
-    engine = make_engine(world, compiled=compiled, fp8=fp8, attention=policies_of["fastar"])
+    execution = ExecutionConfig(precision="fp8" if fp8 else "auto", compile=compiled)
+    engine = make_engine(world, execution=execution, attention=policies_of["fastar"])
     settings = {
         "decoder": decoder,
         "compiled": compiled,
@@ -350,6 +376,14 @@ def main(
             print(name, {key: value for key, value in run.items() if not isinstance(value, list)}, flush=True)
             save()
         plot(result["rollouts"], out / "wan.png")
+    if "lengths" in part:
+        result["lengths"] = {}
+        for name in policies.split(","):
+            steps = [3, 6, 9, 12, 21, 60, 120, 240, 360, 480, 600, 720] if name == "dense" else [3, 6, 9, 12, 21, 60]
+            result["lengths"][name] = at_lengths(engine, policies_of[name], steps)
+            for row in result["lengths"][name]:
+                print(name, row, flush=True)
+            save()
     if "streams" in part:
         result["streams"] = []
         for number in map(int, streams.split(",")):

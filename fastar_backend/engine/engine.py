@@ -151,14 +151,19 @@ class StreamEngine:
 
     def _fill(self, stream: Stream) -> None:
         """Random history, as much as the budget holds and a little more."""
-        like = (1, self.shape.chunk_tokens, self.shape.heads, self.shape.head_dim)
         for _ in range(stream.attention.budget_frames // self.shape.chunk_frames + 2):
-            stream.begin_caches()
-            for cache in stream.caches:
-                attend = StreamsAttend(self.shape, [cache], [None], progress=1.0, write=True)
-                attend(*(torch.randn(like, device=self.device, dtype=self.dtype) for _ in range(3)))
-            stream.caches.commit()
-            stream.latent_frame += self.shape.chunk_frames
+            self.fill_chunk(stream)
+
+    @torch.inference_mode()
+    def fill_chunk(self, stream: Stream) -> None:
+        """A chunk of random keys and values, as if it had been generated."""
+        like = (1, self.shape.chunk_tokens, self.shape.heads, self.shape.head_dim)
+        stream.begin_caches()
+        for cache in stream.caches:
+            attend = StreamsAttend(self.shape, [cache], [None], progress=1.0, write=True)
+            attend(*(torch.randn(like, device=self.device, dtype=self.dtype) for _ in range(3)))
+        stream.caches.commit()
+        stream.latent_frame += self.shape.chunk_frames
 
     # Controls and snapshots of one stream
 
