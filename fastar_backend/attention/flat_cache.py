@@ -21,6 +21,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from fastar_backend.attention import guard
 from fastar_backend.attention.cache import CacheShape
 from fastar_backend.attention.flat_select import select
 from fastar_backend.attention.layers import CacheStats
@@ -114,6 +115,7 @@ class FlatCaches:
 
     def _reset(self) -> None:
         self.dense_calls = self.sparse_calls = self.seen = 0
+        self.measured: list[Tensor] = []  # the guard's recall and error, layer by layer
         self.sparse_pairs = torch.zeros((), device=self.shape.device)
         self.used = self.slots - self.first.float().mean()
 
@@ -129,8 +131,9 @@ class FlatCaches:
             out = self.keys[:, self.slots : self.slots + there].transpose(0, 1)
             ops.turn(self.origin[:, :there].transpose(0, 1), lines, self.cos, self.sin, shape.frame_tokens, out)
         self.count[:, self.slots : self.stop] = 1.0
-        for layer in self.layers:
-            layer.selection = None
+        samples = guard.plan(self.config, shape, len(self.layers), start)
+        for layer, sample in zip(self.layers, samples, strict=True):
+            layer.selection, layer.sample = None, sample
         self._reset()
 
     def commit(self) -> None:
@@ -202,6 +205,7 @@ class FlatCaches:
             executed=self.dense_calls * queries * (used + self.seen - self.slots) + sparse,
             possible=calls * queries * (before * self.shape.frame_tokens + queries),
             merged=merged,
+            guard=guard.summary(self.measured, self.config),
         )
 
     def fork(self) -> FlatCaches:
@@ -242,6 +246,7 @@ class FlatLayer:
     def __init__(self, caches: FlatCaches, layer: int) -> None:
         self.caches, self.layer = caches, layer
         self.selection: tuple[Tensor, Tensor, Tensor] | None = None  # AnnSA's, once a chunk
+        self.sample: guard.Sample | None = None  # what the guard looks at in this chunk
 
     def attend(self, query: Tensor, key: Tensor, value: Tensor, progress: float, write: bool) -> Tensor:
         """One chunk's queries over the cache and the chunk itself. All [chunk tokens, heads, head_dim], rotated in
@@ -273,6 +278,10 @@ class FlatLayer:
         if write:
             own = slice(rows.start - caches.slots, rows.stop - caches.slots)
             caches.origin[heads, own] = keys[:, rows]
+            if chosen is not None and self.sample is not None:
+                tile = ops.sparse_tiles(query.dtype).queries, ops.KEY_BLOCK
+                kept = (part[:, :stop] for part in (keys, values, count))
+                caches.measured.append(guard.by_blocks(self.sample, turned, *kept, tile, chosen))
             stride = max(1, shape.chunk_tokens // SAMPLED_QUERIES)
             if lse is None:  # the sparse softmax does not know what it left out
                 turned, stride = turned[::stride], 1

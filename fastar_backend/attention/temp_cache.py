@@ -98,9 +98,10 @@ class TempCache(FrameCache):
             bias = None if self.bias is None else self.bias[:, : self.tokens]
             self.selection = ann_sa.select(query, keys[:, : self.tokens], bias, config)
         self.count_pairs(query.shape[1], self.selection.keys_per_block + key.shape[1])
+        out = ann_sa.attend(query, keys, values, self.bias, self.selection)
         if progress >= 1 and self.sample is not None:
             self.measured = guard.by_keys(self.sample, query, keys, values, self.bias, self.selection)
-        return ann_sa.attend(query, keys, values, self.bias, self.selection)
+        return out
 
     def append(self, query: Tensor, key: Tensor, value: Tensor) -> None:
         keys, _ = self.view(key, value)
