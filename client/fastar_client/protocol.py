@@ -71,6 +71,9 @@ class ChunkStats:
     prompt_applied: bool  # a new prompt took effect with this chunk
     process_bytes: int  # resident memory of the server's model process
     phases: Mapping[str, float] = dataclasses.field(default_factory=dict)  # seconds of the step by name
+    guard_recall: float | None = None  # of dense attention over the kept keys, sampled, 0..1; None: the guard is off
+    guard_error: float | None = None  # ||sparse - dense|| / ||dense|| of the attention's output, sampled; likewise
+    sparse_density: float | None = None  # share of cached keys attended to by AnnSA, 0..1; likewise
     received: int = 0  # highest control id that the server has taken
     applied: tuple[int, ...] = ()  # ids of the controls that took effect with this chunk
     actions: tuple[str, ...] = ()  # as executed

@@ -59,8 +59,9 @@ def plan(config: AttentionConfig, shape: CacheShape, layers: int, start: int) ->
 
 
 def compare(query: Tensor, keys: Tensor, values: Tensor, bias: Tensor | None, allowed: Tensor) -> Tensor:
-    """query: [heads, n, dim]; keys, values: [heads, m, dim]; bias: [heads, m], the groups' log-counts, or None; allowed:
-    [heads, n, m] bool, at least one key of each query. Returns recall (mean over the queries) and error, float32 [2]."""
+    """query: [heads, n, dim]; keys, values: [heads, m, dim]; bias: [heads, m], the groups' log-counts, or None;
+    allowed: [heads, n, m] bool, at least one key of each query. Returns recall (mean over the queries) and error,
+    float32 [2]."""
     logits = query.float() @ keys.float().transpose(1, 2) * query.shape[-1] ** -0.5
     mass = (logits if bias is None else logits + bias[:, None]).softmax(-1)
     kept = mass * allowed

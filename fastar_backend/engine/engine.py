@@ -422,6 +422,7 @@ class StreamEngine:
             step_seconds=seconds,
             batch=batch,
             prompt_applied=prompt_applied,
+            **stream.guarded(caches.guard),
         )
         stream.chunk += 1
         stream.frame += frames

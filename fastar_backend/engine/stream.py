@@ -15,6 +15,7 @@ from torch import Tensor
 from fastar_backend.attention import CacheShape, TextCache, make_caches
 from fastar_backend.attention.recall import RecallProbe
 from fastar_backend.config import AttentionConfig, Config
+from fastar_backend.engine.density import Density
 from fastar_backend.model.decoder import check_state
 from fastar_backend.model.world import World
 
@@ -49,6 +50,11 @@ class ChunkStats:
     # Seconds of the step, the same for all streams in it: prepare, denoise, write, decode. On a GPU the host runs
     # ahead and waits where frames are copied out: there `decode` holds most of the time.
     phases: dict[str, float] = dataclasses.field(default_factory=dict)
+    # The quality guard's, None where it is off: AnnSA's recall and output error (attention/guard.py) by this chunk's
+    # sample, and the share of cached keys that a block of queries attended to.
+    guard_recall: float | None = None
+    guard_error: float | None = None
+    sparse_density: float | None = None
 
     def as_json(self) -> dict[str, Any]:
         return dataclasses.asdict(self)
@@ -92,6 +98,7 @@ class Stream:
         self.world, self.attention = world, attention
         self.noise = torch.Generator()  # on the CPU: the same video on every device
         self.caches = make_caches(shape, attention, world.config.model.layers, portable)
+        self.density = Density(attention.sparse_density)  # the guard's, where it holds a floor
         self.probes: list[RecallProbe | None] = [None] * len(self.caches)
         self.text: list[TextCache] = []
         self.decoded = self.world.decoder.state()  # what the decoder remembers; never written to, but replaced
@@ -123,9 +130,26 @@ class Stream:
         self.text = [TextCache(key[0], value[0], self.prompt, self.attention) for key, value in pairs]
 
     def set_density(self, density: float) -> None:
-        """AnnSA: the share of cached keys that a query attends to (fastar attention only)."""
+        """AnnSA: the share of cached keys that a query attends to (fastar attention only). Where the guard holds a
+        floor, it goes on from here."""
+        self.density = Density(density)
+        self._configure(density)
+
+    def _configure(self, density: float) -> None:
         self.attention = self.attention.model_copy(update={"sparse_density": density})
         self.caches.configure(self.attention)
+
+    def guarded(self, found: tuple[float, float] | None) -> dict[str, float]:
+        """found: recall and error of the chunk just made, or None where the guard is off. Returns its part of the
+        chunk's stats; where it holds a floor, sets the next chunk's density."""
+        if found is None:
+            return {}
+        attention, (recall, error) = self.attention, found
+        if attention.guard == "hold":
+            self.density = self.density.after(recall, attention.recall_floor)
+            if self.density.value != attention.sparse_density:
+                self._configure(self.density.value)
+        return {"guard_recall": recall, "guard_error": error, "sparse_density": attention.sparse_density}
 
     def draw(self, like: tuple[int, ...]) -> Tensor:
         """Standard normal noise from the stream's own generator, on the CPU."""
@@ -165,7 +189,11 @@ class Stream:
         tensors = {name: getattr(self, name).clone() for name in self.TENSORS} | {"noise": self.noise.get_state()}
         own, values = self.caches.state()
         values |= {f"{DECODER}{name}": value for name, value in self.decoded.items()}
-        numbers |= {"attention": self.attention.model_dump(), "caches": own}
+        numbers |= {
+            "attention": self.attention.model_dump(),
+            "caches": own,
+            "density": dataclasses.asdict(self.density),
+        }
         return numbers, tensors | values
 
     @classmethod
@@ -173,6 +201,7 @@ class Stream:
         """Raises KeyError, TypeError, ValueError, RuntimeError where the state does not fit."""
         stream = cls.__new__(cls)
         stream._prepare(world, shape, AttentionConfig.model_validate(numbers["attention"]))
+        stream.density = Density.load(numbers["density"])
         for name in cls.NUMBERS:
             setattr(stream, name, numbers[name])
         if stream.start is not None and stream.start not in world.starts:

@@ -67,10 +67,12 @@ class Outbox:
         self.metrics.chunk(chunk.stats, stats["queue_seconds"], stats["encode_seconds"], late)
         if trace:
             epoch = time.time() - time.monotonic()
+            guard = {name: getattr(chunk.stats, name) for name in ("guard_recall", "guard_error", "sparse_density")}
             quietly(
                 trace.chunk,
                 chunk.stats.chunk, epoch + request.arrived, epoch + began, chunk.stats.phases,
                 stats["encode_seconds"], epoch + time.monotonic(),
                 {"fastar.density": chunk.stats.density, "fastar.merged_tokens": chunk.stats.merged_tokens,
-                 "fastar.batch": chunk.stats.batch, "fastar.late": late or ""},
+                 "fastar.batch": chunk.stats.batch, "fastar.late": late or ""}
+                | {f"fastar.{name}": value for name, value in guard.items() if value is not None},
             )  # fmt: skip

@@ -18,6 +18,8 @@ from fastar_backend.service.report import report
 SECONDS = (0.001, 0.003, 0.01, 0.03, 0.1, 0.2, 0.5, 1.0, 3.0, 10.0)
 FPS = (1.0, 4.0, 8.0, 12.0, 16.0, 20.0, 24.0, 30.0, 48.0, 60.0, 120.0)
 STREAMS = (1.0, 2.0, 4.0, 8.0, 16.0, 32.0, 64.0)
+RECALL = (0.5, 0.7, 0.8, 0.85, 0.9, 0.925, 0.95, 0.97, 0.98, 0.99, 1.0)
+ERROR = (0.003, 0.01, 0.02, 0.03, 0.05, 0.1, 0.2, 0.3, 0.5, 1.0)
 COUNTERS_EVERY = 0.2  # seconds between writes of the counters
 # name: (kind, description, labels, buckets). A histogram is made of three counters: Triton's Python API has none.
 TABLE: dict[str, tuple[str, str, tuple[str, ...], tuple[float, ...]]] = {
@@ -37,6 +39,9 @@ TABLE: dict[str, tuple[str, str, tuple[str, ...], tuple[float, ...]]] = {
     "fastar_cache_bytes_capacity": ("gauge", "Bytes that all caches may take", (), ()),
     "fastar_merged_tokens": ("gauge", "History tokens of the last chunk's stream folded into others", (), ()),
     "fastar_density": ("gauge", "Executed / dense query-key pairs of the last chunk made", (), ()),
+    "fastar_guard_recall": ("histogram", "Sampled recall of sparse attention, chunk by chunk", (), RECALL),
+    "fastar_guard_error": ("histogram", "Sampled relative output error of sparse attention", (), ERROR),
+    "fastar_sparse_density": ("gauge", "Share of cached keys attended to in the last guarded chunk", (), ()),
     "fastar_queue_requests": ("gauge", "Chunk requests that wait", (), ()),
     "fastar_utilisation": ("gauge", "Share of the time booked by streams with a frame rate", (), ()),
     "fastar_snapshot_seconds": ("histogram", "Seconds from taking a snapshot until it is stored", (), SECONDS),
@@ -222,6 +227,10 @@ class Metrics:
         self._metric("fastar_cache_tokens").set(stats.cache_tokens)
         self._metric("fastar_merged_tokens").set(stats.merged_tokens)
         self._metric("fastar_density").set(stats.density)
+        if stats.guard_recall is not None:
+            self._observe("fastar_guard_recall", stats.guard_recall)
+            self._observe("fastar_guard_error", stats.guard_error)
+            self._metric("fastar_sparse_density").set(stats.sparse_density)
         for phase, seconds in {"queue": queue_seconds, **stats.phases, "encode": encode_seconds}.items():
             self._observe("fastar_chunk_seconds", seconds, phase=phase)
         if late:
