@@ -67,7 +67,7 @@ def compare(query: Tensor, keys: Tensor, values: Tensor, bias: Tensor | None, al
     kept = mass * allowed
     share = kept.sum(-1, keepdim=True)
     dense, sparse = (torch.cat([mass, kept / share], 1) @ values.float()).chunk(2, 1)
-    return torch.stack([share.mean(), (sparse - dense).norm() / dense.norm()])
+    return torch.stack([share.mean().clamp(max=1), (sparse - dense).norm() / dense.norm().clamp(min=1e-12)])
 
 
 def by_keys(sample: Sample, query: Tensor, keys: Tensor, values: Tensor, bias: Tensor | None,

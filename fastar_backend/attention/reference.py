@@ -38,6 +38,26 @@ def attention(query: Tensor, keys: Tensor, values: Tensor, counts: Tensor | None
     return out
 
 
+def sparse_quality(query: Tensor, keys: Tensor, values: Tensor, counts: Tensor, allowed: Tensor) -> tuple[float, float]:
+    """What the quality guard measures. Arguments as in `attention`; allowed: [heads, n, m] bool, what a query attends
+    to. Returns the share of the dense mass on allowed keys, mean over heads and queries, and the output's error in
+    norm, as a share of the dense output's."""
+    heads, queries, dim = query.shape
+    recall = 0.0
+    sparse = torch.zeros(heads, queries, dim, dtype=torch.float64)
+    for head in range(heads):
+        for i in range(queries):
+            logits = [float(query[head, i].double() @ key.double()) / math.sqrt(dim) for key in keys[head]]
+            weights = [float(counts[head, j]) * math.exp(logit) for j, logit in enumerate(logits)]
+            taken = sum(weight for weight, yes in zip(weights, allowed[head, i], strict=True) if yes)
+            recall += taken / sum(weights) / (heads * queries)
+            one = slice(head, head + 1)
+            seen = counts[one] * allowed[one, i]
+            sparse[head, i] = attention(query[one, i : i + 1], keys[one], values[one], seen)[0, 0]
+    dense = attention(query, keys, values, counts)
+    return recall, float((sparse - dense).norm() / dense.norm())
+
+
 def turned(x: Tensor, position: int, time_dim: int, theta: float) -> Tensor:
     """x [..., head_dim] with its first `time_dim` dimensions rotated, pair by pair, to a temporal position."""
     out = x.double().clone()

@@ -189,11 +189,8 @@ class Stream:
         tensors = {name: getattr(self, name).clone() for name in self.TENSORS} | {"noise": self.noise.get_state()}
         own, values = self.caches.state()
         values |= {f"{DECODER}{name}": value for name, value in self.decoded.items()}
-        numbers |= {
-            "attention": self.attention.model_dump(),
-            "caches": own,
-            "density": dataclasses.asdict(self.density),
-        }
+        numbers |= {"attention": self.attention.model_dump(), "caches": own}
+        numbers["density"] = dataclasses.asdict(self.density)
         return numbers, tensors | values
 
     @classmethod

@@ -326,7 +326,8 @@ def test_stats(engine):
     assert stats.density < 0.8
     assert set(stats.as_json()) == {
         "chunk", "first_frame", "frames", "cache_tokens", "cache_bytes", "density", "recall", "merged_tokens",
-        "text_tokens", "step_seconds", "batch", "prompt_applied", "phases",
+        "text_tokens", "step_seconds", "batch", "prompt_applied", "phases", "guard_recall", "guard_error",
+        "sparse_density",
     }  # fmt: skip
 
 
