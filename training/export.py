@@ -13,8 +13,8 @@ from pathlib import Path
 import numpy as np
 from PIL import Image
 
+from fastar_backend.evaluation.game import BUTTONS, FRAMES_PER_LATENT, SCENARIOS, TICS_PER_FRAME, Game, vector
 from fastar_backend.model.world import Scenario, Start, WorldConfig
-from training.collect import BUTTONS, FRAMES_PER_LATENT, SCENARIOS, TICS_PER_FRAME, Game, vector
 from training.prompts import PHRASES
 from training.train import MODEL, SAMPLER
 

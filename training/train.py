@@ -19,11 +19,12 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
 from fastar_backend.config import ModelConfig, SamplerConfig
+from fastar_backend.evaluation.game import SCENARIOS
 from fastar_backend.model.autoencoder import FrameAutoencoder, unit_rms
 from fastar_backend.model.dit import CausalDiT
 from fastar_backend.model.text import HashedWords
 from training import autoencoder
-from training.collect import SCENARIOS, collect
+from training.collect import collect
 from training.parallel import WholeSequence
 from training.prompts import sample_prompt
 

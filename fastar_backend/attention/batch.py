@@ -52,10 +52,10 @@ class StreamsAttend:
         for row, (cache, probe) in enumerate(zip(self.caches, self.probes, strict=True)):
             q, k, v = query[row], key[row], value[row]
             out[row] = cache.attend(q, k, v, self.progress)
+            if probe is not None:
+                probe.measure(q, k, v)
             if self.write:
                 before = list(cache.times)
-                if probe is not None:
-                    probe.measure(q, k, v, sparse=True)
                 cache.append(q, k, v)
                 if probe is not None:
                     probe.appended(q, k, v, before)

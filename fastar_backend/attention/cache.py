@@ -186,6 +186,11 @@ class FrameCache:
         self.count_pairs(query.shape[1], keys.shape[1])
         return attention(query, keys, values, self.bias)
 
+    def allowed(self, queries: Tensor) -> Tensor | None:
+        """What the last `attend` let the chunk's queries of these numbers [n] see of `view`'s entries: bool [heads, n,
+        entries]; None: everything."""
+        return None
+
     def append(self, query: Tensor, key: Tensor, value: Tensor) -> None:
         """Takes the clean pass's keys and values into the cache. Shapes and rotations as in `attend`."""
         self.view(key, value)

@@ -3,9 +3,12 @@
 Each past token is represented by something the cache holds (itself, or the group that took it in) or by nothing. With
 P the dense attention mass summed over what each held entry represents, and Q the entry's mass in the fast attention,
 recall = sum over entries of min(P, Q): 1 when the fast softmax puts all mass where the dense one does; dropped tokens
-and wrong group weights both lower it. Measuring keeps the whole history's keys: for benchmarks and tests."""
+and wrong group weights both lower it. Every pass of a chunk is measured: the denoising ones, then the one that writes.
+Measuring keeps the whole history's keys: for evaluation and tests."""
 
 from __future__ import annotations
+
+import dataclasses
 
 import torch
 from torch import Tensor
@@ -16,18 +19,38 @@ from fastar_backend.attention.temp_cache import TempCache
 QUERY_STRIDE = 12  # one query in so many is measured
 
 
+@dataclasses.dataclass(frozen=True)
+class Pass:
+    """One pass of a chunk through one layer. executed, possible: query-key pairs, as the cache counts them."""
+
+    recall: float
+    executed: int
+    possible: int
+
+
 class RecallProbe:
+    """Of one layer. measuring: whether passes are measured at all; the history is kept in any case."""
+
     def __init__(self, shape: CacheShape, cache: FrameCache) -> None:
         self.shape, self.cache = shape, cache
         self.history = FrameCache(shape)
         self.owner = torch.full((shape.heads, 0), -1, dtype=torch.long, device=shape.device)  # slot of each past token
-        self.recall = 1.0
+        self.measuring = True
+        self.passes: list[Pass] = []  # of this chunk, in their order
+
+    @property
+    def recall(self) -> float:
+        """Mean over the chunk's measured passes; 1 where there was none."""
+        return sum(done.recall for done in self.passes) / len(self.passes) if self.passes else 1.0
 
     def begin(self, start: int) -> None:
         self.history.begin(start)
+        self.passes = []
 
-    def measure(self, query: Tensor, key: Tensor, value: Tensor, sparse: bool) -> None:
-        """Call before `cache.append`; query, key, value as there. sparse: whether AnnSA's selection was in force."""
+    def measure(self, query: Tensor, key: Tensor, value: Tensor) -> None:
+        """Call after `cache.attend` and before `cache.append`; query, key, value as there."""
+        if not self.measuring:
+            return
         probe, scale = query[:, ::QUERY_STRIDE].float(), self.shape.head_dim**-0.5
         keys, _ = self.history.view(key, value)
         dense = (probe @ keys.float().transpose(1, 2) * scale).softmax(-1)
@@ -35,20 +58,16 @@ class RecallProbe:
         logits = probe @ held.float().transpose(1, 2) * scale
         if self.cache.bias is not None:
             logits = logits + self.cache.bias[:, None]
-        selection = self.cache.selection if sparse and isinstance(self.cache, TempCache) else None
-        if selection is not None:
-            per_block = query.shape[1] // selection.blocks
-            block = selection.order.argsort(-1) // per_block  # of each query
-            allowed = torch.zeros(len(held), selection.blocks, held.shape[1], dtype=torch.bool, device=held.device)
-            allowed.scatter_(2, selection.keys, True)
-            allowed[..., -key.shape[1] :] = True
-            mine = allowed.gather(1, block[:, ::QUERY_STRIDE, None].expand(-1, -1, held.shape[1]))
-            logits = logits.masked_fill(~mine, -torch.inf)
+        allowed = self.cache.allowed(torch.arange(0, query.shape[1], QUERY_STRIDE, device=query.device))
+        if allowed is not None:
+            logits = logits.masked_fill(~allowed, -torch.inf)
         fast = logits.softmax(-1)
         entry = self._entries(held.shape[1], key.shape[1])
         mass = torch.zeros(*fast.shape[:2], fast.shape[2] + 1, device=fast.device)
         mass.scatter_add_(2, entry[:, None].expand_as(dense), dense)
-        self.recall = torch.minimum(mass[..., :-1], fast).sum(-1).mean().item()
+        recall = torch.minimum(mass[..., :-1], fast).sum(-1).mean().item()
+        before = [sum(getattr(done, name) for done in self.passes) for name in ("executed", "possible")]
+        self.passes.append(Pass(recall, self.cache.executed - before[0], self.cache.possible - before[1]))
 
     def _entries(self, held: int, own: int) -> Tensor:
         """For each token of the history and the chunk its index among the cache's entries; `held` (one past) = none."""

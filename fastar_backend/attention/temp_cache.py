@@ -103,6 +103,17 @@ class TempCache(FrameCache):
             self.measured = guard.by_keys(self.sample, query, keys, values, self.bias, self.selection)
         return out
 
+    def allowed(self, queries: Tensor) -> Tensor | None:
+        selection = self.selection
+        if selection is None:
+            return None
+        own = self.shape.chunk_tokens
+        block = selection.order.argsort(-1)[:, queries] // (own // selection.blocks)
+        seen = torch.zeros(len(block), selection.blocks, self.tokens + own, dtype=torch.bool, device=block.device)
+        seen.scatter_(2, selection.keys, True)
+        seen[..., -own:] = True
+        return seen.gather(1, block[..., None].expand(-1, -1, seen.shape[2]))
+
     def append(self, query: Tensor, key: Tensor, value: Tensor) -> None:
         keys, _ = self.view(key, value)
         stop = self.end + key.shape[1]

@@ -81,7 +81,8 @@ def test_recall_by_hand(overflow):
     query, key, value = (x[:, 55:60] for x in qkv)
     cache.begin(11)
     probe.begin(11)
-    probe.measure(query, key, value, sparse=False)
+    cache.attend(query, key, value, 1.0)
+    probe.measure(query, key, value)
 
     layout = layout_of(shape)
     times = [t for t in range(12) for _ in range(5)]
