@@ -44,7 +44,7 @@ def plan(config: AttentionConfig, shape: CacheShape, layers: int, start: int) ->
     """Which sample each layer takes in the chunk that begins at latent frame `start`; None: it takes none. Depends on
     nothing else, so that a stream can be repeated. Every query of every head of every layer has its turn within
     ceil(layers / LAYERS) * ceil(heads / HEADS) * ceil(queries / QUERIES) chunks."""
-    if config.guard == "off" or config.sparse_density >= 1:
+    if config.guard == "off":
         return [None] * layers
     every, apart = -(-layers // LAYERS), -(-shape.heads // HEADS)
     parts = _parts(shape.chunk_tokens, shape.device)

@@ -180,6 +180,14 @@ def test_where_nothing_is_left_out_there_is_nothing_to_do(monkeypatch):
     first = Watch(WATCHED)  # nothing is cached
     first.run(1)
     assert first.caches.stats().guard == (1.0, 0.0)
+    Watch(WATCHED.model_copy(update={"guard": "off"})).run(3)
+
+
+def test_a_layer_is_measured_once_a_chunk(monkeypatch):
+    calls, compare = [], guard.compare
+    monkeypatch.setattr(guard, "compare", lambda *parts: calls.append(1) or compare(*parts))
+    Watch(WATCHED, layers=3).run(5)
+    assert len(calls) == 3 * 4, "in the writing pass of the chunks after the first"
 
 
 def test_forks_are_watched_each_by_itself():
