@@ -43,11 +43,12 @@ def worker(world: str, device: str, attention: str, frames: int, seconds: float,
     from fastar_backend.config import AttentionConfig, parse
     from fastar_backend.engine.engine import StreamEngine
     from fastar_backend.engine.stream import ChunkRequest, StreamOptions
+    from fastar_backend.engine.warm_up import costs
 
     torch.set_num_threads(threads)
     config = parse(AttentionConfig, json.loads(attention), "attention")
     engine = StreamEngine.load(world, device, config)
-    engine.costs([1])
+    costs(engine, [1])
     latent_frames = engine.shape.chunk_frames
     process = psutil.Process()
     engine.open(1, PROMPT, StreamOptions(seed=1, start="my_way_home"))

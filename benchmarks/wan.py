@@ -29,7 +29,9 @@ from torch import nn
 from fastar_backend.attention.batch import StreamsAttend
 from fastar_backend.config import AttentionConfig, ExecutionConfig, ModelConfig, SamplerConfig
 from fastar_backend.engine.engine import StreamEngine
+from fastar_backend.engine.graphs import recorder_for
 from fastar_backend.engine.stream import ChunkRequest, StreamOptions
+from fastar_backend.engine.warm_up import fill, fill_chunk
 from fastar_backend.errors import FastarError
 from fastar_backend.model.dit import CausalDiT
 from fastar_backend.model.taehv import TinyDecoder
@@ -91,7 +93,8 @@ def make_world(decoder: str, layers: int, tiny: bool, device: str, dtype: torch.
 def make_engine(world: World, *, execution: ExecutionConfig, attention: AttentionConfig) -> StreamEngine:
     torch.backends.cudnn.benchmark = True
     tune(world, execution)
-    return StreamEngine(world, attention, max_streams=64, stream_bytes=1 << 62)
+    recorder = recorder_for(world.dit.head.head.weight, execution)
+    return StreamEngine(world, attention, max_streams=64, stream_bytes=1 << 62, recorder=recorder)
 
 
 def advance(engine: StreamEngine, streams: list[int]) -> list[Any]:
@@ -154,7 +157,7 @@ def at_lengths(engine: StreamEngine, policy: AttentionConfig, frames: list[int])
     try:
         for latent in frames:
             while stream.latent_frame < latent:
-                engine.fill_chunk(stream)
+                fill_chunk(engine, stream)
             torch.cuda.reset_peak_memory_stats()
             times = []
             for _ in range(4):
@@ -177,7 +180,7 @@ def many(engine: StreamEngine, policy: AttentionConfig, streams: int, chunks: in
     numbers = list(range(1, streams + 1))
     for number in numbers:
         engine.open(number, "a forest in the rain", StreamOptions(seed=number, start="nothing", attention=policy))
-        engine._fill(engine.streams[number])
+        fill(engine, engine.streams[number])
     try:
         for _ in range(3):
             advance(engine, numbers)
@@ -215,7 +218,7 @@ def table(engine: StreamEngine, policy: AttentionConfig) -> dict[str, Any]:
     model, shape, device = engine.world.config.model, engine.shape, engine.device
     engine.open(1, "a forest in the rain", StreamOptions(seed=1, start="nothing", attention=policy))
     stream = engine.streams[1]
-    engine._fill(stream)
+    fill(engine, stream)
     advance(engine, [1])
     caches = stream.caches
     passes = len(engine.world.config.sampler.sigmas) + 1
@@ -317,9 +320,7 @@ def plot(runs: dict[str, Any], path: Path) -> None:
 
 def main(
     out: Path = Path("out/wan"),
-    part: Annotated[
-        str, typer.Option(help="rollouts, lengths, streams or table; several by commas.")
-    ] = "rollouts",
+    part: Annotated[str, typer.Option(help="rollouts, lengths, streams or table; several by commas.")] = "rollouts",
     policies: str = "fastar,window,dense",
     frames: int = 2880,
     seconds: Annotated[float, typer.Option(help="Limit for each rollout.")] = 240.0,

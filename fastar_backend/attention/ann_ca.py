@@ -8,6 +8,8 @@ then keeps a token for this chunk iff at least one query of the head shares an L
 
 from __future__ import annotations
 
+import copy
+
 import torch
 from torch import Tensor
 from torch.nn import functional as F
@@ -24,34 +26,60 @@ class TextCache:
     def __init__(self, key: Tensor, value: Tensor, text: Tensor, config: AttentionConfig) -> None:
         self.config = config
         self.bias: Tensor | None = None
-        if config.kind == "fastar":
+        if config.kind == "fastar" or config.select_text:
             _, group, count = torch.unique(text, dim=0, return_inverse=True, return_counts=True)
             first = torch.full_like(count, len(text)).scatter_reduce(
                 0, group, torch.arange(len(text), device=text.device), "amin"
             )
             key, value, self.bias = key[first], value[first], count.to(key.dtype).log()
             padding = (text[first] == 0).all(-1)
-            self.padding = int(padding.int().argmax() if padding.any() else count.argmax())
+            padding = padding.int().argmax() if padding.any() else count.argmax()
+            self.always = torch.arange(len(count), device=text.device) == padding  # [tokens] bool
         self.keys, self.values = key.transpose(0, 1).contiguous(), value.transpose(0, 1).contiguous()
         self.kept: float | Tensor = float(len(key))  # tokens attended to by the last call, mean over heads
-        self.groups: tuple[Tensor, Tensor] | None = None
+        self.groups: tuple[Tensor, Tensor] | None = None  # of the kernel: counts, and where they begin
+        self.tokens = len(text)
         if self.bias is not None and self.keys.is_cuda and self.keys.dtype in HALF:
             self.use_kernel()
 
     def use_kernel(self) -> None:
-        """From now on by the kernel (fastar only), which takes groups' values as sums, and their counts."""
-        counts = self.bias.float().exp().expand(len(self.keys), -1).contiguous()
-        self.groups = (self.values * counts[..., None]).to(self.values.dtype), counts
+        """From now on by the kernel (fastar only), which takes groups' values as sums, and their counts. The groups are
+        the last rows of as many as a prompt has tokens, so that all prompts have one shape."""
+        heads, held, _ = self.keys.shape
+        free = self.tokens - held
+        counts = F.pad(self.bias.float().exp(), (free, 0)).expand(heads, -1).contiguous()
+        self.keys, self.values = F.pad(self.keys, (0, 0, free, 0)), F.pad(self.values, (0, 0, free, 0))
+        self.values = (self.values * counts[..., None]).to(self.values.dtype)
+        self.always = F.pad(self.always, (free, 0))
+        self.groups = counts, torch.full((heads,), free, dtype=torch.int32, device=counts.device)
+
+    @property
+    def tensors(self) -> tuple[Tensor, ...]:
+        return self.keys, self.values, *(self.groups or ()), *(() if self.bias is None else (self.always,))
+
+    def take(self, other: TextCache) -> None:
+        """Another prompt of the same shape (by the kernel, or nothing folded) into the same tensors."""
+        for mine, value in zip(self.tensors, other.tensors, strict=True):
+            mine.copy_(value)
+        self.kept = other.kept
+
+    def fork(self) -> TextCache:
+        twin = copy.copy(self)
+        twin.keys, twin.values = self.keys.clone(), self.values.clone()
+        if self.groups is not None:
+            twin.groups = self.groups[0].clone(), self.groups[1].clone()
+        if self.bias is not None:
+            twin.always = self.always.clone()
+        return twin
 
     def _by_kernel(self, query: Tensor) -> Tensor:
         from fastar_backend.kernels import ops  # a mask would have the size of queries x keys
 
-        sums, counts = self.groups
+        sums, (counts, first) = self.values, self.groups
         if self.config.select_text:  # a token that is dropped counts for nothing; the host need not know how many are
             keep = self.near(query)
             sums, counts = sums * keep[..., None], counts * keep
-            self.kept = keep.float().sum(-1).mean()
-        first = torch.zeros(len(counts), dtype=torch.int32, device=counts.device)
+            self.kept = (counts > 0).float().sum(-1).mean()
         rows = counts.shape[1]
         return ops.attend(query.transpose(0, 1), self.keys, sums, counts, first, rows, rows).transpose(0, 1)
 
@@ -82,4 +110,4 @@ class TextCache:
         seen = torch.zeros(len(query), tables << bits, dtype=torch.bool, device=query.device)
         seen.scatter_(1, (mine + offset).flatten(1), True)
         keep = seen.gather(1, (theirs + offset).flatten(1)).unflatten(1, (-1, tables)).any(-1)
-        return keep | (F.one_hot(torch.tensor(self.padding, device=query.device), keep.shape[1]) > 0)
+        return keep | self.always

@@ -15,6 +15,7 @@ the chunk.
 from __future__ import annotations
 
 import copy
+import dataclasses
 from collections.abc import Iterator
 from typing import Any
 
@@ -50,8 +51,25 @@ def newest(config: AttentionConfig) -> int:
     return config.recent_frames if config.kind == "fastar" else config.budget_frames - config.sink_frames
 
 
+@dataclasses.dataclass
+class Work:
+    """What was done in a chunk so far; tensors are not read before `stats`."""
+
+    used: Tensor  # groups held, mean over layers and heads
+    sparse_pairs: Tensor  # query-key pairs of sparse calls
+    dense_calls: int = 0
+    sparse_calls: int = 0
+    seen: int = 0  # one past the last row that was attended to
+    measured: list[Tensor] = dataclasses.field(default_factory=list)  # the guard's recall and error, layer by layer
+
+    @property
+    def tensors(self) -> tuple[Tensor, Tensor]:
+        return self.used, self.sparse_pairs
+
+
 class FlatCaches:
-    """`Caches` of one stream."""
+    """`Caches` of one stream. A chunk is `prepare` (the host's part), `turn_history`, the layers' `attend`, `merge`,
+    `took` (the host's part); the three in the middle may be recorded once and replayed."""
 
     TENSORS = ("keys", "values", "origin", "usage", "count", "code", "first", "merged")
 
@@ -74,12 +92,13 @@ class FlatCaches:
         self.times: list[int] = []  # latent frame index of each place that is filled
         self.own = 0  # the chunk's first place
         self.start = self.history_frames = 0
-        self.shared = False
         self.layers = [FlatLayer(self, layer) for layer in range(layers)]
         self.span = shape.reach + shape.chunk_frames
         turns = time_turns(shape.rope_split[0], shape.rope_theta, self.span, torch.device("cpu"), torch.float32)
         self.cos, self.sin = (part.contiguous().to(shape.device) for part in (turns.real, turns.imag))
         self.in_chunk = self._lines(range(shape.chunk_frames))
+        self.lines = torch.zeros(self.places, device=shape.device, dtype=torch.int32)  # of the places' frames
+        self.far = self._lines(-shape.reach - place % shape.chunk_frames for place in range(self.places))
         self._reset()
 
     def __iter__(self) -> Iterator[FlatLayer]:
@@ -114,49 +133,69 @@ class FlatCaches:
         return lines.to(self.keys.device, non_blocking=True)
 
     def _reset(self) -> None:
-        self.dense_calls = self.sparse_calls = self.seen = 0
-        self.measured: list[Tensor] = []  # the guard's recall and error, layer by layer
-        self.sparse_pairs = torch.zeros((), device=self.shape.device)
-        self.used = self.slots - self.first.float().mean()
+        self.work = Work(self.slots - self.first.float().mean(), torch.zeros((), device=self.shape.device))
+
+    @property
+    def full(self) -> bool:
+        """Whether every place holds a frame: from then on all chunks are the same work."""
+        return len(self.times) == self.places
 
     def begin(self, start: int) -> None:
+        self.prepare(start)
+        self.turn_history()
+
+    def prepare(self, start: int) -> None:
         shape = self.shape
-        self._own()
         self.start = start
         if self.times:
-            lines = self._lines(
+            positions = (
                 max(time - start, -shape.reach) - place % shape.chunk_frames for place, time in enumerate(self.times)
             )
-            there = len(self.times) * shape.frame_tokens
-            out = self.keys[:, self.slots : self.slots + there].transpose(0, 1)
-            ops.turn(self.origin[:, :there].transpose(0, 1), lines, self.cos, self.sin, shape.frame_tokens, out)
-        self.count[:, self.slots : self.stop] = 1.0
+            self.lines[: len(self.times)] = self._lines(positions)
         samples = guard.plan(self.config, shape, len(self.layers), start)
         for layer, sample in zip(self.layers, samples, strict=True):
             layer.selection, layer.sample = None, sample
+
+    def turn_history(self) -> None:
+        """Turns the whole frames' keys to their positions in the chunk's frame of reference."""
+        if self.times:
+            size, there = self.shape.frame_tokens, len(self.times) * self.shape.frame_tokens
+            out = self.keys[:, self.slots : self.slots + there].transpose(0, 1)
+            ops.turn(self.origin[:, :there].transpose(0, 1), self.lines, self.cos, self.sin, size, out)
+        self.count[:, self.slots : self.stop] = 1.0
         self._reset()
 
     def commit(self) -> None:
         """Takes the chunk in; the frames that leave the newest are merged, one after the other."""
-        chunk, sinks = self.shape.chunk_frames, self.config.sink_frames
-        fresh = [self.start + index for index in range(chunk)]
-        self.times[self.own : self.own + chunk] = fresh
-        self.history_frames += chunk
-        following = self.own + chunk
-        self.own = following if following < self.places else sinks
-        if len(self.times) == self.places:  # the ring is full: its oldest chunk is where the next one goes
-            for place in range(self.own, self.own + chunk if self.slots else self.own):
+        self.merge()
+        self.took()
+
+    @property
+    def following(self) -> int:
+        """The next chunk's first place."""
+        after = self.own + self.shape.chunk_frames
+        return after if after < self.places else self.config.sink_frames
+
+    def merge(self) -> None:
+        filled = max(len(self.times), self.own + self.shape.chunk_frames) == self.places
+        if filled and self.slots:  # the ring is full: its oldest chunk is where the next one goes
+            for place in range(self.following, self.following + self.shape.chunk_frames):
                 for first in range(0, len(self.keys), TOGETHER):
                     self._merge(slice(first, first + TOGETHER), place)
 
+    def took(self) -> None:
+        chunk = self.shape.chunk_frames
+        self.times[self.own : self.own + chunk] = [self.start + index for index in range(chunk)]
+        self.history_frames += chunk
+        self.own = self.following
+
     def _merge(self, heads: slice, place: int) -> None:
         """The frame at `place` goes into the memory. Same steps as `TempCache._merge`, none of which waits."""
-        shape, size, slots = self.shape, self.shape.frame_tokens, self.slots
+        size, slots = self.shape.frame_tokens, self.slots
         source = self.origin[heads, place * size : (place + 1) * size]
         rows = slice(slots + place * size, slots + (place + 1) * size)
         key = torch.empty_like(source)
-        far = self._lines([-shape.reach - place % shape.chunk_frames])
-        ops.turn(source.transpose(0, 1), far, self.cos, self.sin, size, key.transpose(0, 1))
+        ops.turn(source.transpose(0, 1), self.far[place : place + 1], self.cos, self.sin, size, key.transpose(0, 1))
         usage, code, first = self.usage[heads, rows].contiguous(), ops.quantise(key), self.first[heads]
         held = ops.Groups(self.keys[heads], self.values[heads], self.code[heads], self.count[heads], self.usage[heads])
         new = ops.Groups(key, self.values[heads, rows], code, torch.ones_like(usage), usage)
@@ -196,35 +235,31 @@ class FlatCaches:
     def stats(self) -> CacheStats:
         """The only place that waits for the device."""
         now = self.slots - self.first.float().mean()
-        used, now, sparse, merged = torch.stack([self.used, now, self.sparse_pairs, self.merged]).tolist()
+        work = self.work
+        used, now, sparse, merged = torch.stack([work.used, now, work.sparse_pairs, self.merged]).tolist()
         whole, queries = len(self.times) * self.shape.frame_tokens, self.shape.chunk_tokens
-        calls = self.dense_calls + self.sparse_calls
+        calls = work.dense_calls + work.sparse_calls
         before = self.history_frames - self.shape.chunk_frames
         return CacheStats(
             tokens=now + min(whole, (self.places - self.shape.chunk_frames) * self.shape.frame_tokens),
-            executed=self.dense_calls * queries * (used + self.seen - self.slots) + sparse,
+            executed=work.dense_calls * queries * (used + work.seen - self.slots) + sparse,
             possible=calls * queries * (before * self.shape.frame_tokens + queries),
             merged=merged,
-            guard=guard.summary(self.measured, self.config),
+            guard=guard.summary(work.measured, self.config),
         )
 
     def fork(self) -> FlatCaches:
-        self.shared = True
+        """Copied at once, and `state` too: recordings and layers know the tensors by their place in memory."""
         twin = copy.copy(self)
         twin.times = list(self.times)
+        for name in (*self.TENSORS, "lines"):
+            setattr(twin, name, getattr(self, name).clone())
         twin.layers = [FlatLayer(twin, layer) for layer in range(len(self.layers))]
         return twin
 
-    def _own(self) -> None:
-        if self.shared:
-            for name in self.TENSORS:
-                setattr(self, name, getattr(self, name).clone())
-            self.shared = False
-
     def state(self) -> tuple[dict[str, Any], dict[str, Tensor]]:
-        self.shared = True
         numbers = {name: copy.copy(getattr(self, name)) for name in ("times", "own", "start", "history_frames")}
-        return numbers, {f"all.{name}": getattr(self, name) for name in self.TENSORS}
+        return numbers, {f"all.{name}": getattr(self, name).clone() for name in self.TENSORS}
 
     def load(self, numbers: dict[str, Any], tensors: dict[str, Tensor]) -> None:
         times, own = [int(time) for time in numbers["times"]], int(numbers["own"])
@@ -251,7 +286,7 @@ class FlatLayer:
     def attend(self, query: Tensor, key: Tensor, value: Tensor, progress: float, write: bool) -> Tensor:
         """One chunk's queries over the cache and the chunk itself. All [chunk tokens, heads, head_dim], rotated in
         space, not in time. progress: share of denoising steps done. write: the pass whose keys and values are kept."""
-        caches, shape = self.caches, self.caches.shape
+        caches, shape, work = self.caches, self.caches.shape, self.caches.work
         heads = slice(self.layer * shape.heads, (self.layer + 1) * shape.heads)
         keys, values, count, rows = caches.keys[heads], caches.values[heads], caches.count[heads], caches.own_rows
         turned = torch.empty(query.shape, device=query.device, dtype=query.dtype)
@@ -267,21 +302,19 @@ class FlatLayer:
         lse = torch.empty(shape.heads, len(query), device=query.device) if write and chosen is None else None
         first = caches.first[heads]
         out = ops.attend(turned, keys, values, count, first, caches.slots, stop, selection=chosen, lse=lse)
-        caches.seen = stop
+        work.seen = stop
         if chosen is None:
-            caches.dense_calls += 1
+            work.dense_calls += 1
         else:
-            caches.sparse_calls += 1
-            caches.sparse_pairs += chosen[1].sum() * (
-                ops.sparse_tiles(query.dtype).queries * ops.KEY_BLOCK / shape.heads
-            )
+            work.sparse_calls += 1
+            work.sparse_pairs += chosen[1].sum() * (ops.sparse_tiles(query.dtype).queries * ops.KEY_BLOCK / shape.heads)
         if write:
             own = slice(rows.start - caches.slots, rows.stop - caches.slots)
             caches.origin[heads, own] = keys[:, rows]
             if chosen is not None and self.sample is not None:
                 tile = ops.sparse_tiles(query.dtype).queries, ops.KEY_BLOCK
                 kept = (part[:, :stop] for part in (keys, values, count))
-                caches.measured.append(guard.by_blocks(self.sample, turned, *kept, tile, chosen))
+                work.measured.append(guard.by_blocks(self.sample, turned, *kept, tile, chosen))
             stride = max(1, shape.chunk_tokens // SAMPLED_QUERIES)
             if lse is None:  # the sparse softmax does not know what it left out
                 turned, stride = turned[::stride], 1

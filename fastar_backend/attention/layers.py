@@ -10,9 +10,16 @@ from typing import Any, Protocol, Self
 from torch import Tensor
 
 from fastar_backend.attention import guard
+from fastar_backend.attention.baselines.flow_cache import FlowCache
+from fastar_backend.attention.baselines.radial import RadialCache
+from fastar_backend.attention.baselines.svg1 import Svg1Cache
+from fastar_backend.attention.baselines.svg2 import Svg2Cache
 from fastar_backend.attention.cache import CacheShape, FrameCache
+from fastar_backend.attention.sparse_cache import SparseCache
 from fastar_backend.attention.temp_cache import TempCache
 from fastar_backend.config import AttentionConfig
+
+SPARSE = {"radial": RadialCache, "svg1": Svg1Cache, "svg2": Svg2Cache}
 
 
 @dataclasses.dataclass(frozen=True)
@@ -46,7 +53,7 @@ class Caches(Protocol):
 
     def stats(self) -> CacheStats: ...
     def fork(self) -> Self:
-        """A copy that shares the tensors until one side begins its next chunk."""
+        """A copy; it may share the tensors until one side begins its next chunk."""
 
     def state(self) -> tuple[Any, dict[str, Tensor]]:
         """Numbers (JSON) and tensors that `load` takes back. The tensors are views that nobody will write to."""
@@ -55,12 +62,16 @@ class Caches(Protocol):
         """Into new caches of the same configuration. Raises KeyError, TypeError, ValueError, RuntimeError."""
 
 
-def make_cache(shape: CacheShape, config: AttentionConfig) -> FrameCache:
-    """The portable cache of one layer of one stream."""
+def make_cache(shape: CacheShape, config: AttentionConfig, layer: int = 0) -> FrameCache:
+    """The portable cache of one layer (0 is the first) of one stream."""
     if config.kind == "dense":
-        return FrameCache(shape)
+        return FrameCache(shape) if config.sparse_density >= 1 else SparseCache(shape, config)
     if config.kind == "window":
         return FrameCache(shape, config.budget_frames, config.sink_frames)
+    if config.kind == "flowcache":
+        return FlowCache(shape, config)
+    if config.kind in SPARSE:
+        return SPARSE[config.kind](shape, config, layer)
     return TempCache(shape, config)
 
 
@@ -69,7 +80,7 @@ class PortableCaches:
 
     def __init__(self, shape: CacheShape, config: AttentionConfig, layers: int) -> None:
         self.shape, self.config = shape, config
-        self.layers = [make_cache(shape, config) for _ in range(layers)]
+        self.layers = [make_cache(shape, config, layer) for layer in range(layers)]
 
     def __iter__(self) -> Iterator[FrameCache]:
         return iter(self.layers)

@@ -22,6 +22,7 @@ from fastar_backend.attention import CacheShape, bytes_of_caches
 from fastar_backend.attention.batch import StreamsAttend, StreamsAttendText
 from fastar_backend.config import AttentionConfig, ExecutionConfig
 from fastar_backend.engine.checks import check_attention, check_device, check_memory
+from fastar_backend.engine.graphs import Recorder, StreamGraphs, recorder_for
 from fastar_backend.engine.snapshot import Snapshot, fingerprint
 from fastar_backend.engine.stream import Chunk, ChunkRequest, ChunkStats, Stream, StreamOptions
 from fastar_backend.errors import AtCapacity, FastarError, InvalidInput, SnapshotError, UnknownStream
@@ -40,15 +41,15 @@ class StreamEngine:
 
     def __init__(
         self, world: World, attention: AttentionConfig, max_streams: int = 8, stream_bytes: int | None = None,
-        deterministic: bool = False,
+        deterministic: bool = False, recorder: Recorder | None = None,
     ) -> None:  # fmt: skip
         """stream_bytes: caches of one stream may not grow beyond; dense attention and recall probes do grow. None: 4
         GiB, or what the default attention takes.
-        deterministic: streams are computed one by one, so that no bit of one depends on who shares its step. Raises
-        InvalidInput."""
+        deterministic: streams are computed one by one, so that no bit of one depends on who shares its step. recorder:
+        makes CUDA graphs of the chunks of streams whose caches are full (one by one, too). Raises InvalidInput."""
         check_attention(attention, world.config.sampler.latent_frames_per_chunk, "attention")
         self.world, self.attention, self.max_streams = world, attention, max_streams
-        self.deterministic = deterministic
+        self.deterministic, self.recorder = deterministic, recorder
         model, sampler = world.config.model, world.config.sampler
         weight = world.dit.head.head.weight
         self.device, self.dtype = weight.device, weight.dtype
@@ -73,7 +74,10 @@ class StreamEngine:
             torch.backends.cudnn.benchmark = True  # all of a world's convolutions have one shape
         loaded = load_world(world, device, dtype)
         tune(loaded, execution or ExecutionConfig())
-        engine = cls(loaded, attention or AttentionConfig(), max_streams, deterministic=deterministic)
+        engine = cls(
+            loaded, attention or AttentionConfig(), max_streams, deterministic=deterministic,
+            recorder=recorder_for(loaded.dit.head.head.weight, execution or ExecutionConfig()),
+        )  # fmt: skip
         check_memory(engine.device, engine.attention, engine._bounded_bytes, max_streams)
         return engine
 
@@ -92,7 +96,7 @@ class StreamEngine:
         check_prompt(prompt)
         attention = options.attention or self.attention
         check_attention(attention, self.shape.chunk_frames, "OPTIONS.attention")
-        if attention.kind != "dense" and (needed := self._bounded_bytes(attention)) > self.stream_bytes:
+        if attention.bounded and (needed := self._bounded_bytes(attention)) > self.stream_bytes:
             frames = attention.budget_frames * self.stream_bytes // needed
             most = f"about {frames} ({needed} bytes are more than a stream's {self.stream_bytes})"
             raise InvalidInput("OPTIONS.attention.budget_frames", f"got {attention.budget_frames}", most)
@@ -112,9 +116,9 @@ class StreamEngine:
         return idle
 
     def bytes_of(self, options: StreamOptions) -> int:
-        """What a stream with these options may hold in caches. Dense attention and recall probes: the limit itself."""
+        """What a stream with these options may hold in caches. Without a budget, and with recall probes: the limit itself."""
         attention = options.attention or self.attention
-        if attention.kind == "dense" or options.measure_recall:
+        if not attention.bounded or options.measure_recall:
             return self.stream_bytes
         return self._bounded_bytes(attention)
 
@@ -122,48 +126,6 @@ class StreamEngine:
         model = self.world.config.model
         decoder = state_bytes(self.world.decoder, model.latent_height, model.latent_width, self.dtype)
         return decoder + bytes_of_caches(self.shape, attention, model.layers)
-
-    @torch.inference_mode()
-    def costs(self, sizes: Sequence[int], steps: int = 3) -> dict[int, float]:
-        """Warm-up and measurement: seconds of a step by the number of streams in it, all caches full (median)."""
-        prompt = next((scenario.prompt for scenario in self.world.config.scenarios.values()), "a world")
-        streams = {}
-        for index in range(max(sizes)):
-            stream = Stream(self.world, self.shape, prompt, StreamOptions(start="nothing", seed=index), self.attention)
-            self._fill(stream)
-            streams[-1 - index] = stream
-        self.streams |= streams
-        try:
-            found = {}
-            for size in sizes:
-                seconds = []
-                for _ in range(steps + 1):  # the first warms up
-                    began = time.perf_counter()
-                    for result in self.step([ChunkRequest(number, ("",)) for number in list(streams)[:size]]):
-                        if isinstance(result, FastarError):
-                            raise result
-                    seconds.append(time.perf_counter() - began)
-                found[size] = sorted(seconds[1:])[steps // 2]
-            return found
-        finally:
-            for number in streams:
-                self.close(number)
-
-    def _fill(self, stream: Stream) -> None:
-        """Random history, as much as the budget holds and a little more."""
-        for _ in range(stream.attention.budget_frames // self.shape.chunk_frames + 2):
-            self.fill_chunk(stream)
-
-    @torch.inference_mode()
-    def fill_chunk(self, stream: Stream) -> None:
-        """A chunk of random keys and values, as if it had been generated."""
-        like = (1, self.shape.chunk_tokens, self.shape.heads, self.shape.head_dim)
-        stream.begin_caches()
-        for cache in stream.caches:
-            attend = StreamsAttend(self.shape, [cache], [None], progress=1.0, write=True)
-            attend(*(torch.randn(like, device=self.device, dtype=self.dtype) for _ in range(3)))
-        stream.caches.commit()
-        stream.latent_frame += self.shape.chunk_frames
 
     # Controls and snapshots of one stream
 
@@ -332,40 +294,73 @@ class StreamEngine:
                  ) -> tuple[list[Tensor], list[bool]]:  # fmt: skip
         """actions: [streams, latent frames, buttons] -> uint8 [frames, height, width, 3] each, and whether all
         finite. Adds the seconds spent to `phases`."""
-        if self.deterministic and len(streams) > 1:
-            alone = [self._advance([stream], own[None], phases) for stream, own in zip(streams, actions, strict=True)]
-            return [frames[0] for frames, _ in alone], [finite[0] for _, finite in alone]
-        times = [time.perf_counter()]
+        began = time.perf_counter()
         for stream in streams:
-            stream.begin_chunk()
-        times.append(time.perf_counter())
-        x0 = self.sample(streams, actions)
-        times.append(time.perf_counter())
-        self.write(streams, x0, actions)
-        times.append(time.perf_counter())
+            stream.blend()
+        sampler = self.world.config.sampler
+        noise = self._noise(streams, len(sampler.sigmas) + (sampler.context_noise > 0))
+        phases["prepare"] += time.perf_counter() - began
+        if len(streams) > 1 and (self.deterministic or self.recorder):
+            rows = zip(streams, actions.split(1), noise.split(1, dim=1), strict=True)
+            x0 = torch.cat([self._generate([stream], own, drawn, phases) for stream, own, drawn in rows])
+        else:
+            x0 = self._generate(streams, actions, noise, phases)
+        began = time.perf_counter()
         frames, finite = self.decode(streams, x0), x0.isfinite().flatten(1).all(1).tolist()
-        times.append(time.perf_counter())
-        for name, start, end in zip(phases, times, times[1:], strict=False):
-            phases[name] += end - start
+        phases["decode"] += time.perf_counter() - began
         return frames, finite
 
-    def sample(self, streams: list[Stream], actions: Tensor) -> Tensor:
-        """Clean latents [streams, latent frames, C, h, w] of the streams' next chunk (each after `begin_chunk`)."""
+    def _generate(self, streams: list[Stream], actions: Tensor, noise: Tensor, phases: dict[str, float]) -> Tensor:
+        """Clean latents of the streams' next chunk, which is in their caches then."""
+        began = time.perf_counter()
+        stream = streams[0]
+        if stream.graphs is None and self.recorder is not None:
+            stream.graphs = StreamGraphs(self.recorder)
+        if self.recorder is not None and stream.graphs.ready(stream):
+            stream.caches.prepare(stream.latent_frame)
+
+            def act(actions: Tensor, noise: Tensor) -> Tensor:
+                stream.caches.turn_history()
+                x0 = self.sample(streams, actions, noise)
+                self._write_pass(streams, x0, actions, noise)
+                stream.caches.merge()
+                return x0
+
+            x0 = stream.graphs.run(stream, (actions, noise), act)
+            phases["denoise"] += time.perf_counter() - began  # the host's time: writing is in it
+            return x0
+        for stream in streams:
+            stream.begin_caches()
+        x0 = self.sample(streams, actions, noise)
+        denoised = time.perf_counter()
+        self.write(streams, x0, actions, noise)
+        phases["denoise"] += denoised - began
+        phases["write"] += time.perf_counter() - denoised
+        return x0
+
+    def sample(self, streams: list[Stream], actions: Tensor, noise: Tensor | None = None) -> Tensor:
+        """Clean latents [streams, latent frames, C, h, w] of the streams' next chunk (each after `begin_chunk`). noise:
+        [levels, streams, ...] from `_noise`; None: drawn here."""
         sigmas = self.world.config.sampler.sigmas
+        noise = self._noise(streams, len(sigmas)) if noise is None else noise
         x0 = torch.zeros(len(streams), *self.latent_shape, device=self.device, dtype=self.dtype)
         for index, sigma in enumerate(sigmas):
-            x = (1 - sigma) * x0 + sigma * self._noise(streams)
+            x = (1 - sigma) * x0 + sigma * noise[index]
             output = self._forward(streams, x, sigma, actions, progress=index / len(sigmas), write=False)
             x0 = output if self.world.config.model.prediction == "x0" else x - sigma * output
         return unit_rms(x0, 2) if self.world.config.sampler.unit_latents else x0
 
-    def write(self, streams: list[Stream], x0: Tensor, actions: Tensor) -> None:
-        """The pass that writes a chunk into the caches, at the sampler's context noise (0: the clean pass)."""
-        level = self.world.config.sampler.context_noise
-        x = (1 - level) * x0 + level * self._noise(streams) if level else x0
-        self._forward(streams, x, level, actions, progress=1.0, write=True)
+    def write(self, streams: list[Stream], x0: Tensor, actions: Tensor, noise: Tensor | None = None) -> None:
+        """Writes a chunk into the caches. noise: as for `sample`; its last level is used."""
+        self._write_pass(streams, x0, actions, self._noise(streams, 1) if noise is None else noise)
         for stream in streams:
             stream.caches.commit()
+
+    def _write_pass(self, streams: list[Stream], x0: Tensor, actions: Tensor, noise: Tensor) -> None:
+        """At the sampler's context noise (0: the clean pass)."""
+        level = self.world.config.sampler.context_noise
+        x = (1 - level) * x0 + level * noise[-1] if level else x0
+        self._forward(streams, x, level, actions, progress=1.0, write=True)
 
     def decode(self, streams: list[Stream], x0: Tensor) -> list[Tensor]:
         """Latents [streams, latent frames, C, h, w] -> uint8 [frames, height, width, 3] of each on the CPU. Here a step
@@ -379,10 +374,10 @@ class StreamEngine:
             torch.cuda.synchronize(self.device)
         return videos
 
-    def _noise(self, streams: list[Stream]) -> Tensor:
-        return self._moved(torch.stack([stream.draw(self.latent_shape) for stream in streams]), self.device).to(
-            self.dtype
-        )
+    def _noise(self, streams: list[Stream], levels: int) -> Tensor:
+        """[levels, streams, latent frames, C, h, w], drawn level after level from each stream's own generator."""
+        drawn = [[stream.draw(self.latent_shape) for stream in streams] for _ in range(levels)]
+        return self._moved(torch.stack([torch.stack(level) for level in drawn]), self.device).to(self.dtype)
 
     def _moved(self, x: Tensor, device: torch.device) -> Tensor:
         """To the device or from it through pinned memory: the host does not wait."""

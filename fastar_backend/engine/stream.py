@@ -101,6 +101,7 @@ class Stream:
         self.density = Density(attention.sparse_density)  # the guard's, where it holds a floor
         self.probes: list[RecallProbe | None] = [None] * len(self.caches)
         self.text: list[TextCache] = []
+        self.graphs: Any = None  # the engine's recordings of this stream's chunks (engine/graphs.py)
         self.decoded = self.world.decoder.state()  # what the decoder remembers; never written to, but replaced
         self.latent_frame = 0  # of the next chunk; counts the start's frames too
         self.chunk = 0
@@ -114,7 +115,8 @@ class Stream:
         self.target, self.origin = self.world.text([prompt])[0], self.prompt
         self.blend_step, self.blend_chunks = 0, max(blend_chunks, 1)
 
-    def _blend(self) -> None:
+    def blend(self) -> None:
+        """The next step of a prompt change, if one is under way."""
         if self.blend_step >= self.blend_chunks:
             return
         self.blend_step += 1
@@ -127,7 +129,12 @@ class Stream:
         dit = self.world.dit
         weight = dit.head.head.weight
         pairs = dit.prompt_keys_values(self.prompt[None].to(weight.device, weight.dtype))
-        self.text = [TextCache(key[0], value[0], self.prompt, self.attention) for key, value in pairs]
+        text = [TextCache(key[0], value[0], self.prompt, self.attention) for key, value in pairs]
+        if self.graphs is None or not self.graphs.recorded:
+            self.text = text
+        else:  # recordings know the tensors by their place in memory
+            for mine, fresh in zip(self.text, text, strict=True):
+                mine.take(fresh)
 
     def set_density(self, density: float) -> None:
         """AnnSA: the share of cached keys that a query attends to (fastar attention only). Where the guard holds a
@@ -156,7 +163,7 @@ class Stream:
         return torch.randn(like, generator=self.noise)
 
     def begin_chunk(self) -> None:
-        self._blend()
+        self.blend()
         self.begin_caches()
 
     def begin_caches(self) -> None:
@@ -178,7 +185,8 @@ class Stream:
         twin.noise = torch.Generator()
         twin.noise.set_state(self.noise.get_state())
         twin.caches = self.caches.fork()
-        twin.text = [copy.copy(text) for text in self.text]
+        twin.text = [text.fork() for text in self.text]
+        twin.graphs = None
         twin.stepped = time.monotonic()
         return twin
 

@@ -150,8 +150,8 @@ def modulate(x: Tensor, table: Tensor, change: Tensor, eps: float, *, add: Tenso
              ) -> tuple[Tensor, Tensor | None]:  # fmt: skip
     """(x + add * gate, its layer norm * (1 + scale) + shift or affine: weight, bias; None where neither is asked for).
 
-    x, add: [batch, frames, tokens, dim], contiguous; table: [6, dim] + change: [batch, frames, 6, dim]: the rows `gate`,
-    `shift` and, for the scale, the one after it (Wan's modulation of a block)."""
+    x, add: [batch, frames, tokens, dim], contiguous; table: [6, dim] + change: [batch, frames, 6, dim]: the rows
+    `gate`, `shift` and, for the scale, the one after it (Wan's modulation of a block)."""
     dim, tokens = x.shape[-1], x.shape[-2]
     norm = affine is not None or shift is not None
     out = x if add is None else torch.empty_like(x)

@@ -41,8 +41,8 @@ class _Joined:
 
 
 def fuse_blocks(dit: CausalDiT) -> bool:
-    """In place; False, and nothing done, where the kernels do not take the model's sizes. The blocks' linear layers must
-    be plain ones (not fp8); names and values of all weights stay."""
+    """In place; False, and nothing done, where the kernels do not take the model's sizes. The blocks' linear layers
+    must be plain ones (not fp8); names and values of all weights stay."""
     dim = dit.config.head_dim
     if dim & (dim - 1) or dim < 16:
         return False

@@ -19,6 +19,7 @@ from typing import Any
 from fastar_backend.engine.checks import free_bytes
 from fastar_backend.engine.engine import StreamEngine, check_prompt
 from fastar_backend.engine.stream import Chunk, ChunkRequest, StreamOptions
+from fastar_backend.engine.warm_up import costs
 from fastar_backend.errors import (
     AtCapacity,
     FastarError,
@@ -80,7 +81,7 @@ class Service:
         each = self.engine.bytes_of(StreamOptions())
         total = config.cache_bytes or max(free_bytes(self.engine.device) // 2, each)  # the other half: steps, snapshots
         fit = max(1, total // each)
-        self.cost = Cost(self.engine.costs(sorted({1, min(4, self.most, fit)})), config.deterministic)
+        self.cost = Cost(costs(self.engine, sorted({1, min(4, self.most, fit)})), config.deterministic)
         self.admission = Admission(config, self.cost, self.world["chunk_frames"], total)
         self.vault = Vault(self.store, self.engine, config.snapshots_kept, self.metrics, self.wake)
         self.metrics.capacity(config.max_streams, total)

@@ -13,6 +13,7 @@ import torch
 from fastar_backend.config import AttentionConfig
 from fastar_backend.engine.engine import StreamEngine
 from fastar_backend.engine.stream import Chunk, ChunkRequest, ChunkStats, StreamOptions
+from fastar_backend.engine.warm_up import costs
 from fastar_backend.errors import AtCapacity, FastarError, InvalidInput, UnknownStream
 from fastar_backend.model.world import World
 
@@ -301,9 +302,9 @@ def test_close_frees_the_stream(world, policy):
 
 def test_measuring_leaves_nothing_behind(engine):
     before = engine.stream_ids
-    costs = engine.costs([1, 3])
-    assert set(costs) == {1, 3}
-    assert all(seconds > 0 for seconds in costs.values())
+    found = costs(engine, [1, 3])
+    assert set(found) == {1, 3}
+    assert all(seconds > 0 for seconds in found.values())
     assert engine.stream_ids == before
 
 

@@ -59,8 +59,9 @@ def heads_kernel(
     D: tl.constexpr, HEADS: tl.constexpr, ROTATE: tl.constexpr,
 ):  # fmt: skip
     """source: rows of parts x heads x D, `source_row` apart; weight: [parts, heads, D]; out: [parts, rows, heads, D].
-    Each part of a row is divided by its rms and multiplied by its weight; ROTATE: adjacent pairs are turned by the angles
-    in line row % frame_tokens of cos and sin, float32 [frame_tokens, D / 2]. HEADS: a power of two, heads at least."""
+    Each part of a row is divided by its rms and multiplied by its weight; ROTATE: adjacent pairs are turned by the
+    angles in line row % frame_tokens of cos and sin, float32 [frame_tokens, D / 2]. HEADS: a power of two, heads at
+    least."""
     row, part = tl.program_id(0).to(tl.int64), tl.program_id(1)
     head = tl.arange(0, HEADS)
     at = head[:, None] * D + tl.arange(0, D)[None, :]
