@@ -47,6 +47,21 @@ POLICIES = {
 }
 
 
+def settings_of(policy: AttentionConfig) -> dict[str, AttentionConfig]:
+    """Other budgets (half of it, or six latent frames of it, the newest), and AnnSA at two densities."""
+    budgets = {
+        f"budget {frames}": policy.model_copy(update={"budget_frames": frames, "recent_frames": min(6, frames // 2)})
+        for frames in (6, 12, 21, 36)
+    }
+    sparse = {
+        f"{name}, density {density}": budget.model_copy(update={"sparse_density": density})
+        for name, budget in budgets.items()
+        for density in (0.28, 0.16)
+        if name in ("budget 6", "budget 21")
+    }
+    return budgets | sparse
+
+
 class RandomText:
     """Embedded prompts without a text encoder: 40 tokens, zero-padded as umT5's are."""
 
@@ -147,7 +162,7 @@ def rollout(engine: StreamEngine, policy: AttentionConfig, frames: int, seconds:
 
 @torch.inference_mode()
 def at_lengths(engine: StreamEngine, policy: AttentionConfig, frames: list[int]) -> list[dict[str, float]]:
-    """Three chunks after histories of so many latent frames, filled with random keys and values: what a chunk costs
+    """Four chunks after histories of so many latent frames, filled with random keys and values: what a chunk costs
     there without the time that a rollout takes to get there. Ends where the memory does."""
     rows: list[dict[str, float]] = []
     gc.collect()
@@ -160,15 +175,32 @@ def at_lengths(engine: StreamEngine, policy: AttentionConfig, frames: list[int])
                 fill_chunk(engine, stream)
             torch.cuda.reset_peak_memory_stats()
             times = []
-            for _ in range(4):
+            for _ in range(6 if policy.kind == "dense" else 10):  # graphs are recorded, at each place of the ring
                 start = time.perf_counter()
                 advance(engine, [1])
                 times.append(time.perf_counter() - start)
             peak = torch.cuda.max_memory_allocated() / 2**30
-            rows.append({"latent_frames": stream.latent_frame, "ms": 1000 * min(times[1:]), "peak_gib": peak})
+            rows.append(
+                {"latent_frames": stream.latent_frame, "ms": 1000 * statistics.median(times[-4:]), "peak_gib": peak}
+            )
     except (FastarError, torch.OutOfMemoryError):
         print(f"out of memory after {stream.latent_frame} latent frames", flush=True)
     engine.close(1)
+    return rows
+
+
+def against_dense(lengths: dict[str, list[dict[str, float]]], milliseconds_of: float) -> list[dict[str, float]]:
+    """Dense attention's rollout from what its chunks cost at several lengths (linear in between), and how often as
+    fast a policy is whose chunks all take `milliseconds_of`: at a frame, and over all frames up to it."""
+    at, cost = (np.array([row[name] for row in lengths["dense"]]) for name in ("latent_frames", "ms"))
+    chunks = np.arange(1, int(at[-1]) // 3 + 1)
+    dense = np.interp(3 * chunks, at, cost)
+    rows = []
+    for frame in (240, 480, 720, 960, 1440, 1920, FRAMES * len(chunks)):
+        if (count := frame // FRAMES) <= len(chunks):
+            rows.append({"frame": frame, "dense_fps": 1000 * FRAMES / dense[count - 1],
+                         "faster_here": dense[count - 1] / milliseconds_of,
+                         "faster_so_far": dense[:count].mean() / milliseconds_of})  # fmt: skip
     return rows
 
 
@@ -280,6 +312,20 @@ def markdown(result: dict[str, Any]) -> str:
                     f"{run['flat']:.3f} | {run['peak_gib'][8]:.1f} -> {run['peak_gib'][-1]:.1f} | "
                     f"{run['stopped_by']} at {run['frames'][-1]} |"
                 )
+    if rows := result.get("against_dense"):
+        lines += ["", "| frame | dense FPS | FAST-AR is as fast, here | over all frames so far |", "|---|---|---|---|"]
+        lines += [
+            f"| {r['frame']} | {r['dense_fps']:.2f} | {r['faster_here']:.1f}x | {r['faster_so_far']:.1f}x |"
+            for r in rows
+        ]
+        lines.append("")
+    if rows := result.get("by_setting"):
+        lines += ["| setting | ms a chunk | FPS | peak GiB |", "|---|---|---|---|"]
+        lines += [
+            f"| {name} | {r['ms']:.0f} | {1000 * FRAMES / r['ms']:.1f} | {r['peak_gib']:.1f} |"
+            for name, r in rows.items()
+        ]
+        lines.append("")
     for row in result.get("streams", ()):
         lines.append(
             f"{row['policy']}: {row['streams']} streams, {row['fps_each']:.1f} FPS each, {row['peak_gib']:.1f} GiB"
@@ -320,7 +366,9 @@ def plot(runs: dict[str, Any], path: Path) -> None:
 
 def main(
     out: Path = Path("out/wan"),
-    part: Annotated[str, typer.Option(help="rollouts, lengths, streams or table; several by commas.")] = "rollouts",
+    part: Annotated[
+        str, typer.Option(help="rollouts, lengths, settings, streams or table; several by commas.")
+    ] = "rollouts",
     policies: str = "fastar,window,dense",
     frames: int = 2880,
     seconds: Annotated[float, typer.Option(help="Limit for each rollout.")] = 240.0,
@@ -380,10 +428,20 @@ def main(
     if "lengths" in part:
         result["lengths"] = {}
         for name in policies.split(","):
-            steps = [3, 6, 9, 12, 21, 60, 120, 240, 360, 480, 600, 720] if name == "dense" else [3, 6, 9, 12, 21, 60]
+            steps = [3, 6, 9, 12, 21, *(range(60, 721, 60) if name == "dense" else (60,))]
             result["lengths"][name] = at_lengths(engine, policies_of[name], steps)
             for row in result["lengths"][name]:
                 print(name, row, flush=True)
+            save()
+        if {"fastar", "dense"} <= result["lengths"].keys():
+            steady = statistics.median(row["ms"] for row in result["lengths"]["fastar"][2:])
+            result["against_dense"] = against_dense(result["lengths"], steady)
+            save()
+    if "settings" in part:
+        result["by_setting"] = {}
+        for name, policy in settings_of(policies_of["fastar"]).items():
+            result["by_setting"][name] = at_lengths(engine, policy, [policy.budget_frames + 6])[0]
+            print(name, result["by_setting"][name], flush=True)
             save()
     if "streams" in part:
         result["streams"] = []

@@ -7,7 +7,7 @@ from collections.abc import Sequence
 
 import torch
 
-from fastar_backend.attention.batch import StreamsAttend
+from fastar_backend.attention import FrameCache
 from fastar_backend.engine.engine import StreamEngine
 from fastar_backend.engine.stream import ChunkRequest, Stream, StreamOptions
 from fastar_backend.errors import FastarError
@@ -54,10 +54,13 @@ def fill(engine: StreamEngine, stream: Stream) -> None:
 def fill_chunk(engine: StreamEngine, stream: Stream) -> None:
     """A chunk of random keys and values, as if it had been generated."""
     shape = engine.shape
-    like = (1, shape.chunk_tokens, shape.heads, shape.head_dim)
+    like = (shape.chunk_tokens, shape.heads, shape.head_dim)
     stream.begin_caches()
     for cache in stream.caches:
-        attend = StreamsAttend(shape, [cache], [None], progress=1.0, write=True)
-        attend(*(torch.randn(like, device=engine.device, dtype=engine.dtype) for _ in range(3)))
+        query, key, value = (torch.randn(like, device=engine.device, dtype=engine.dtype) for _ in range(3))
+        if isinstance(cache, FrameCache):
+            cache.append(*(x.transpose(0, 1) for x in (query, key, value)))
+        else:
+            cache.attend(query, key, value, progress=1.0, write=True)
     stream.caches.commit()
     stream.latent_frame += shape.chunk_frames
