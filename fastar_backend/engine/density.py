@@ -1,9 +1,10 @@
 """The quality guard's controller: how dense AnnSA must be for its sampled recall to stay above a floor.
 
-The mean recall since the last change is steered into a band above the floor. Below it the density rises within two
-chunks, in proportion to the mass that is lost, up to twofold; above it the density falls after `PATIENCE` chunks, by a
-fifth at most. Within the band nothing moves: it is wider than what one step changes. A fall that has to be taken back
-makes the next one wait twice as long, so that a floor which only dense attention reaches is not tried again and again.
+The mean recall since the last change is steered into a band above the floor. Below it the density rises at once where
+recall is far off, else within a few chunks, in proportion to the mass that is lost, up to twofold; above it the density
+falls after `PATIENCE` chunks, by a fifth at most. Within the band nothing moves: it is wider than what one step
+changes. A fall that has to be taken back makes the next one wait twice as long and be smaller, so that a floor which
+only dense attention reaches is not tried again and again.
 """
 
 from __future__ import annotations
@@ -14,7 +15,7 @@ from typing import Any
 DENSITY_MIN = 0.05
 BAND = 0.3  # width, as a share of the mass that the floor allows to lose
 MEMORY = 8  # chunks: the mean forgets what is older
-SURE = 4  # chunks whose mean is believed, where a single one is not far below the floor
+SURE = 4  # chunks whose mean is believed; fewer have to be further below the floor
 PATIENCE = 8  # chunks above the band before the density falls
 MOST_PATIENCE = 64
 RISE, FALL = 2.0, 0.8  # the largest steps
@@ -44,7 +45,8 @@ class Density:
         mean = self.recall + (recall - self.recall) / min(seen, MEMORY)
         band = BAND * (1 - floor)
         aim = 1 - floor - band / 2  # of the mass lost
-        if mean < floor and (seen >= SURE or recall < floor - band):
+        doubt = 0.0 if seen >= SURE else 2 * band / seen
+        if mean < floor - doubt:
             value = min(1.0, self.value * min(RISE, (1 - mean) / max(aim, 1e-9)))
             return Density(value, patience=min(2 * self.patience, MOST_PATIENCE) if self.fell else self.patience)
         if mean > floor + band and seen >= self.patience and self.value > DENSITY_MIN:
