@@ -108,12 +108,35 @@ class SamplerConfig(Config):
         return tuple(self.shift * s / (1 + (self.shift - 1) * s) for s in (t / 1000 for t in self.steps))
 
 
+class BaselineConfig(Config):
+    """The baselines' parameters, with the values of their papers and public code (attention/baselines/,
+    engine/reuse.py)."""
+
+    dense_layers: int = Field(1, ge=0)  # first layers that stay dense (radial, svg1, svg2); and see `dense_steps`
+    block: int = Field(128, ge=1, le=4096)  # tokens, of a frame of 1560; in proportion in smaller ones (radial, svg1)
+    radial_decay: float = Field(0.2, gt=0)  # of the window's width
+    svg1_share: float = Field(0.3, gt=0, le=1)  # of the keys that a head attends to
+    svg1_rows: int = Field(64, ge=1)  # queries of a chunk whose dense output decides what kind a head is
+    svg2_query_clusters: int = Field(300, ge=1)
+    svg2_key_clusters: int = Field(1000, ge=1)
+    svg2_top_p: float = Field(0.9, ge=0, le=1)  # attention between centroids that is kept
+    svg2_least: float = Field(0.1, ge=0, le=1)  # share of the key clusters that is kept in any case
+    svg2_first_rounds: int = Field(50, ge=1)  # of k-means, from nothing; then from the last pass's centroids:
+    svg2_rounds: int = Field(2, ge=1)
+    flowcache_mix: float = Field(0.07, ge=0, le=1)  # weight of a token's importance; the rest is its redundancy's
+    # Outputs are reused while the input's relative L1 changes since the last pass computed add up to less than this.
+    flowcache_change: float = Field(0.015, ge=0)
+    teacache_change: float = Field(0.08, ge=0)
+    reuse_warm_up: int = Field(5, ge=1)  # first passes of a chunk that are always computed; the last one is, too
+
+
 class AttentionConfig(Config):
     """What a query may attend to. The defaults are what measured best on the embedded world (docs/decisions.md);
     `paper_recipe` is the published one."""
 
-    kind: Literal["dense", "window", "fastar"] = "fastar"
-    # Hard cap of cached tokens per stream, layer and head, in latent frames' worth of tokens (window and fastar).
+    # dense, radial, svg1, svg2: the whole history, without a bound. With a `sparse_density`, dense is AnnSA over it.
+    kind: Literal["dense", "window", "fastar", "radial", "svg1", "svg2", "flowcache"] = "fastar"
+    # Hard cap of cached tokens per stream, layer and head, in latent frames' worth of tokens (the other kinds).
     budget_frames: int = Field(12, ge=1, le=4096)
     sink_frames: int = Field(0, ge=0, le=64)  # first latent frames, never dropped nor merged
     recent_frames: int = Field(6, ge=1, le=4096)  # newest latent frames, never dropped nor merged (fastar)
@@ -138,6 +161,9 @@ class AttentionConfig(Config):
     recall_floor: float = Field(0.95, ge=0, le=1)
     # AnnCA: the bucket test. Off: equal prompt tokens are folded all the same, which is exact.
     select_text: bool = False
+    # Denoising passes whose output is taken from an earlier one (TeaCache, FlowCache; not of fastar nor window).
+    reuse: Literal["off", "teacache", "flowcache"] = "off"
+    baseline: BaselineConfig = BaselineConfig()
 
     @classmethod
     def paper_recipe(cls, budget_frames: int, chunk_frames: int) -> AttentionConfig:
@@ -152,13 +178,20 @@ class AttentionConfig(Config):
 
     @model_validator(mode="after")
     def _budget(self) -> AttentionConfig:
-        if self.kind != "dense" and self.sink_frames + 1 > self.budget_frames:
+        if self.bounded and self.sink_frames + 1 > self.budget_frames:
             raise ValueError("budget_frames must exceed sink_frames")
         if self.kind == "fastar" and self.sink_frames + self.recent_frames > self.budget_frames:
             raise ValueError("budget_frames must hold sink_frames + recent_frames")
         if self.kind != "fastar" and self.guard != "off":
             raise ValueError(f"guard must be off where kind is {self.kind}: it watches AnnSA, which is fastar's")
+        if self.kind in ("fastar", "window") and self.reuse != "off":
+            raise ValueError(f"reuse must be off where kind is {self.kind}: got {self.reuse}")
         return self
+
+    @property
+    def bounded(self) -> bool:
+        """Whether a stream's memory has a budget."""
+        return self.kind in ("window", "fastar", "flowcache")
 
 
 class ExecutionConfig(Config):

@@ -102,6 +102,11 @@ class PortableCaches:
             if isinstance(cache, TempCache):
                 cache.sample, cache.measured = sample, None
 
+    def skip(self) -> None:
+        """A pass of this chunk that is not made: nothing executed where dense attention would have been."""
+        for cache in self.layers:
+            cache.count_pairs(self.shape.chunk_tokens, 0)
+
     def commit(self) -> None:
         """Nothing: each layer takes its chunk in as it is written."""
 

@@ -21,8 +21,9 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from fastar_backend.attention import ann, ann_sa, guard
+from fastar_backend.attention import ann
 from fastar_backend.attention.cache import CacheShape, FrameCache
+from fastar_backend.attention.sparse_cache import SparseCache
 from fastar_backend.config import AttentionConfig
 
 USAGE_DECAY = 0.95  # per chunk, of the running attention mass that decides who stays
@@ -38,7 +39,7 @@ class MergeReport:
     moved: Tensor
 
 
-class TempCache(FrameCache):
+class TempCache(SparseCache):
     """Layout of the buffers: [memory slots, filled from the last one backwards | sinks, newest frames | chunk]."""
 
     BUFFERS = (*FrameCache.BUFFERS, "usage", "queries")
@@ -47,8 +48,9 @@ class TempCache(FrameCache):
 
     def __init__(self, shape: CacheShape, config: AttentionConfig) -> None:
         slots = (config.budget_frames - config.sink_frames - config.recent_frames) * shape.frame_tokens
-        super().__init__(shape, config.sink_frames + config.recent_frames, config.sink_frames, prefix=slots)
-        self.config, self.slots = config, slots
+        whole = config.sink_frames + config.recent_frames
+        super().__init__(shape, config, whole, config.sink_frames, prefix=slots)
+        self.slots = slots
         size = self.keys.shape[:2]
         self.count = torch.zeros(shape.heads, slots, device=shape.device)  # members of each group; 0 = free slot
         self.time = torch.zeros(shape.heads, slots, dtype=torch.long, device=shape.device)  # of its newest member
@@ -60,9 +62,6 @@ class TempCache(FrameCache):
             self.queries = torch.zeros_like(self.keys)
         self.used = 0  # slots in use, the fullest head's
         self.merged = 0.0  # tokens and groups that went into another group so far, mean over heads
-        self.selection: ann_sa.Selection | None = None
-        self.sample: guard.Sample | None = None  # what the guard looks at in this chunk
-        self.measured: Tensor | None = None  # recall and error of it
         self.reports: list[MergeReport] = []  # of the last append: one for each frame that left the newest
 
     @property
@@ -82,37 +81,11 @@ class TempCache(FrameCache):
             if turn.any():
                 self.keys[:, : self.slots] = self.shape.turn(self.keys[:, : self.slots], turn)
         super().begin(start)
-        self.selection = None
         self.bias = None
         if self.used:
             count = self.count[:, self.slots - self.used :]
             bias = count.log() if self.config.weight != "none" else torch.where(count > 0, 0.0, -torch.inf)
             self.bias = F.pad(bias, (0, self.end - self.prefix + self.shape.chunk_tokens)).to(self.shape.dtype)
-
-    def attend(self, query: Tensor, key: Tensor, value: Tensor, progress: float) -> Tensor:
-        config = self.config
-        if config.sparse_density >= 1 or progress < config.dense_steps or not self.tokens:
-            return super().attend(query, key, value, progress)
-        keys, values = self.view(key, value)
-        if self.selection is None:  # once a chunk: later passes see nearly the same queries
-            bias = None if self.bias is None else self.bias[:, : self.tokens]
-            self.selection = ann_sa.select(query, keys[:, : self.tokens], bias, config)
-        self.count_pairs(query.shape[1], self.selection.keys_per_block + key.shape[1])
-        out = ann_sa.attend(query, keys, values, self.bias, self.selection)
-        if progress >= 1 and self.sample is not None:
-            self.measured = guard.by_keys(self.sample, query, keys, values, self.bias, self.selection)
-        return out
-
-    def allowed(self, queries: Tensor) -> Tensor | None:
-        selection = self.selection
-        if selection is None:
-            return None
-        own = self.shape.chunk_tokens
-        block = selection.order.argsort(-1)[:, queries] // (own // selection.blocks)
-        seen = torch.zeros(len(block), selection.blocks, self.tokens + own, dtype=torch.bool, device=block.device)
-        seen.scatter_(2, selection.keys, True)
-        seen[..., -own:] = True
-        return seen.gather(1, block[..., None].expand(-1, -1, seen.shape[2]))
 
     def append(self, query: Tensor, key: Tensor, value: Tensor) -> None:
         keys, _ = self.view(key, value)

@@ -22,7 +22,7 @@ def check_device(device: torch.device | str) -> None:
 
 def check_attention(attention: AttentionConfig, chunk_frames: int, field: str) -> None:
     """chunk_frames: latent frames of a chunk. Raises InvalidInput."""
-    if attention.kind != "dense" and attention.budget_frames < chunk_frames:
+    if attention.bounded and attention.budget_frames < chunk_frames:
         least = f"at least {chunk_frames}, a chunk's latent frames"
         raise InvalidInput(f"{field}.budget_frames", f"got {attention.budget_frames}", least)
 
@@ -51,7 +51,7 @@ def free_bytes(device: torch.device) -> int:
 
 def _largest_budget(attention: AttentionConfig, bytes_of: Callable[[AttentionConfig], int], free: int) -> int:
     """The largest budget_frames of a stream that fits; 0 if none does."""
-    if attention.kind == "dense":  # which has none
+    if not attention.bounded:  # it has none
         return 0
     least = attention.sink_frames + (attention.recent_frames if attention.kind == "fastar" else 1)
     budgets = range(attention.budget_frames - 1, least - 1, -1)

@@ -23,6 +23,7 @@ from fastar_backend.attention.batch import StreamsAttend, StreamsAttendText
 from fastar_backend.config import AttentionConfig, ExecutionConfig
 from fastar_backend.engine.checks import check_attention, check_device, check_memory
 from fastar_backend.engine.graphs import Recorder, StreamGraphs, recorder_for
+from fastar_backend.engine.reuse import Reuse
 from fastar_backend.engine.snapshot import Snapshot, fingerprint
 from fastar_backend.engine.stream import Chunk, ChunkRequest, ChunkStats, Stream, StreamOptions
 from fastar_backend.errors import AtCapacity, FastarError, InvalidInput, SnapshotError, UnknownStream
@@ -116,7 +117,7 @@ class StreamEngine:
         return idle
 
     def bytes_of(self, options: StreamOptions) -> int:
-        """What a stream with these options may hold in caches. Without a budget, and with recall probes: the limit itself."""
+        """Bytes of caches of a stream with these options; without a budget or with recall probes, the limit itself."""
         attention = options.attention or self.attention
         if not attention.bounded or options.measure_recall:
             return self.stream_bytes
@@ -343,10 +344,13 @@ class StreamEngine:
         [levels, streams, ...] from `_noise`; None: drawn here."""
         sigmas = self.world.config.sampler.sigmas
         noise = self._noise(streams, len(sigmas)) if noise is None else noise
+        reuse = Reuse(self.world.dit, streams, len(sigmas))
         x0 = torch.zeros(len(streams), *self.latent_shape, device=self.device, dtype=self.dtype)
         for index, sigma in enumerate(sigmas):
             x = (1 - sigma) * x0 + sigma * noise[index]
-            output = self._forward(streams, x, sigma, actions, progress=index / len(sigmas), write=False)
+            output = reuse.run(
+                x, sigma, actions, functools.partial(self._forward, progress=index / len(sigmas), write=False)
+            )
             x0 = output if self.world.config.model.prediction == "x0" else x - sigma * output
         return unit_rms(x0, 2) if self.world.config.sampler.unit_latents else x0
 
