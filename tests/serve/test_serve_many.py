@@ -27,6 +27,7 @@ from fastar_backend.service.telemetry import TABLE
 pytestmark = pytest.mark.server
 
 PROMPT = "walking through a maze"
+GUARDED = SMALL | {"sparse_density": 0.3, "sparse_block": 6, "guard": "hold", "recall_floor": 0.5}
 
 
 def settings_of(world, **values) -> ServeSettings:
@@ -235,7 +236,7 @@ def test_bad_tokens(steady):
 
 def test_every_metric_is_there_under_its_name(steady):
     with Stream(steady.grpc_url) as stream:
-        stream.chunk(prompt=PROMPT, options={"fps": 20.0}, start=True)
+        stream.chunk(prompt=PROMPT, options={"fps": 20.0, "attention": GUARDED}, start=True)
         time.sleep(1.0)
         stream.chunk()
         stream.control(id=1, snapshot=True)
@@ -252,6 +253,10 @@ def test_every_metric_is_there_under_its_name(steady):
     assert PROMPT not in text
     late = [line for line in text.splitlines() if line.startswith("fastar_late_chunks_total{")]
     assert any('reason="slow_reader"' in line for line in late)
+    assert metric(steady, "fastar_guard_recall_count") == 3
+    assert 0 < metric(steady, "fastar_guard_recall_sum") < 3
+    assert metric(steady, "fastar_guard_error_sum") > 0
+    assert metric(steady, "fastar_sparse_density") == 0.3
 
 
 class Receiver:
@@ -296,10 +301,9 @@ def test_one_trace_from_the_clients_span_to_every_phase(tiny_world, monkeypatch)
         monkeypatch.setenv("OTEL_EXPORTER_OTLP_ENDPOINT", receiver.url)
         monkeypatch.setenv("OTEL_BSP_SCHEDULE_DELAY", "200")
         trace, parent = "0af7651916cd43dd8448eb211c80319c", "b7ad6b7169203331"
-        with Server(settings_of(tiny_world)) as server:
+        with Server(settings_of(tiny_world, attention=GUARDED)) as server:
             stream = Stream(server.grpc_url, headers={"traceparent": f"00-{trace}-{parent}-01"})
-            stream.chunk(prompt=PROMPT, start=True)
-            stream.chunk(end=True)
+            stats = [stream.chunk(prompt=PROMPT, start=True)[1], stream.chunk(end=True)[1]]
             stream.close()
             assert until(lambda: any(span.name == "fastar.stream" for span in receiver.spans), 20)
         spans = [span for span in receiver.spans if span.trace_id.hex() == trace]
@@ -312,6 +316,10 @@ def test_one_trace_from_the_clients_span_to_every_phase(tiny_world, monkeypatch)
         inside = {span.name for span in spans if span.parent_span_id == chunk.span_id}
         phases = ("queue", "prepare", "denoise", "write", "decode", "encode", "send")
         assert inside == {f"fastar.{phase}" for phase in phases}
+    told = [{item.key: item.value.double_value for item in span.attributes} for span in chunks]
+    for name in ("guard_recall", "guard_error", "sparse_density"):
+        assert [values[f"fastar.{name}"] for values in told] == [values[name] for values in stats], name
+    assert all(0 < values["guard_recall"] < 1 for values in stats)
     assert not any(PROMPT in str(span) for span in spans)
 
 
