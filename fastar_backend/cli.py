@@ -18,6 +18,7 @@ from rich.markup import escape
 
 from fastar_backend.config import parse
 from fastar_backend.errors import FastarError, InvalidInput
+from fastar_backend.evaluation.cli import app as evaluation
 
 app = typer.Typer(
     help="FAST-AR Serve: live autoregressive video from NVIDIA Triton.",
@@ -25,6 +26,9 @@ app = typer.Typer(
     add_completion=False,
     pretty_exceptions_enable=False,
 )
+
+
+app.add_typer(evaluation, name="eval")
 
 
 @app.callback()
