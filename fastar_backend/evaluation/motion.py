@@ -55,29 +55,17 @@ def moves_as_told(action: str, before: np.ndarray, frames: np.ndarray) -> bool |
     return bool(sign * mean > LEAST[axis])
 
 
-def following(
-    actions: Sequence[str],
-    video: np.ndarray,
-    truth: np.ndarray | None,
-    first: np.ndarray,
-    first_truth: np.ndarray | None,
-) -> dict[str, Following]:
-    """How often the video moves as told, by kind of action. video, truth: uint8 [latent frames, n, height, width, 3];
-    first, first_truth: the frame ahead of each. Where the truth is known, only what is seen to move there counts (a
-    player before a wall does not move)."""
+def following(actions: Sequence[str], video: np.ndarray, truth: np.ndarray, first: np.ndarray) -> dict[str, Following]:
+    """How often the video moves as told, by kind of action, where the game is seen to (a player before a wall does not
+    move). video, truth: uint8 [latent frames, n, height, width, 3]; first: the frame ahead of both."""
     found = {kind: Following() for kind in dict.fromkeys(KINDS.values())}
-    for index, action in enumerate(actions):
-        before = video[index - 1][-1] if index else first
-        moved = moves_as_told(action, before, video[index])
-        if moved is None:
-            continue
-        if truth is not None and index < len(truth):
-            true_before = truth[index - 1][-1] if index else first_truth
-            if not moves_as_told(action, true_before, truth[index]):
-                continue
-        elif truth is not None:
+    for index, action in enumerate(actions[: min(len(video), len(truth))]):
+        moved, expected = (
+            moves_as_told(action, x[index - 1][-1] if index else first, x[index]) for x in (video, truth)
+        )
+        if not expected:
             continue
         kind = found[next(KINDS[button] for button in action.split("+") if button in KINDS)]
         kind.told += 1
-        kind.obeyed += moved
+        kind.obeyed += bool(moved)
     return found

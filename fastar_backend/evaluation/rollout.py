@@ -82,7 +82,7 @@ def measure_rollout(lab: Lab, unit: Unit) -> dict[str, Any]:
         whole = len(done.video) // per
         video = done.video[: whole * per].reshape(whole, per, *done.video.shape[1:])
         last = scene.frames[lab.context - 1][-1]
-        moves = motion.following(done.actions[:whole], video, truth, last, last)
+        moves = motion.following(done.actions, video, truth, last)
         found["following"] = {kind: dataclasses.asdict(value) for kind, value in moves.items()}
     if unit.scenario == lab.settings.scenarios[0] and unit.seed == lab.settings.seed:
         known = {} if truth is None else {"truth": flat(truth)[: len(done.video)]}

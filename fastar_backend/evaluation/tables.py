@@ -200,11 +200,11 @@ def _mean(rows: Iterable[Sequence[float]]) -> float:
 
 
 def _decibels(errors: Iterable[float]) -> float:
-    """Mean over PSNRs. Raises KeyError where there is none."""
-    values = [decibels([error]) for error in errors]
+    """PSNR of the mean. Raises KeyError where there is no error."""
+    values = list(errors)
     if not values:
         raise KeyError("no value")
-    return float(np.mean(values))
+    return decibels(values)
 
 
 def _regular(table: Sequence[Sequence[float]]) -> bool:
