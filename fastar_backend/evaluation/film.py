@@ -17,10 +17,7 @@ STRIP = ("dense", "tempcache-quant", "fastar-quant", "fastar default", "window",
          "svg1", "svg2", "teacache", "flowcache+radial")  # fmt: skip
 MOMENTS = 8
 ROWS, TILES = 12, 6
-STRIP_WIDTH, TILE_WIDTH = (
-    1180,
-    240,
-)  # pixels, about: pictures are enlarged or reduced by whole numbers where that is possible
+STRIP_WIDTH, TILE_WIDTH = 1180, 240  # pixels
 LABEL, CAPTION = 130, 18
 
 

@@ -81,16 +81,16 @@ def markdown(settings: Settings, results: Results, rows: Rows, shown: list[tuple
         f"({settings.fingerprint[:8]}). {settings.versions['machine']}, {settings.device}; Python "
         f"{settings.versions['python']}, torch {settings.versions['torch']}.",
         "",
-        f"All policies have the same prompts, actions, noise and first frames. Bounded caches hold {settings.budget} latent "
-        f"frames. {counts['rollout']} free rollouts of {sizes.frames} frames, {counts['forced']} histories of "
-        f"{sizes.forced_latents} latent frames, {counts['revisit']} scenes of places seen again, {counts['drift']} long "
-        f"rollouts of {sizes.drift_frames} frames. ± is Student's 95 % interval of the mean over scenarios and seeds; "
+        f"All policies have the same prompts, actions, noise and first frames. Bounded caches hold {settings.budget} "
+        f"latent frames. {counts['rollout']} free rollouts of {sizes.frames} frames, {counts['forced']} histories of "
+        f"{sizes.forced_latents} latent frames, {counts['revisit']} scenes of places seen again, {counts['drift']} "
+        f"long rollouts of {sizes.drift_frames} frames. ± is Student's 95 % interval of the mean over scenarios and seeds; "
         "`-` was not measured or does not apply.",
         "",
     ]
     if settings.truth is not None:
-        lines += [f"**No true frames: {settings.truth}.** Figures against the game, of actions and of places seen again are "
-                  "therefore missing.", ""]  # fmt: skip
+        lines += [f"**No true frames: {settings.truth}.** Figures against the game, of actions and of places seen "
+                  "again are therefore missing.", ""]  # fmt: skip
     if not settings.lpips:
         lines += ["**LPIPS: no backbone weights here.** FLIP, which needs none, stands beside PSNR and SSIM.", ""]
     lines += _main(settings, rows)
@@ -129,9 +129,9 @@ def _main(settings: Settings, rows: Rows) -> list[str]:
         ])  # fmt: skip
     last = max((row["speed"]["frame"] for row in rows.values() if row["speed"]), default=0)
     lines = [
-        "PSNR, SSIM, FLIP (0 = equal): free rollouts against dense attention's; truth: against the game's frames under the "
-        "same actions; one chunk: predicted from the same history, against dense attention's. Density: query-key pairs "
-        "executed, recall: attention mass kept, mean over all layers and passes of those predictions. "
+        "PSNR, SSIM, FLIP (0 = equal): free rollouts against dense attention's; truth: against the game's frames under "
+        "the same actions; one chunk: predicted from the same history, against dense attention's. Density: query-key "
+        "pairs executed, recall: attention mass kept, mean over all layers and passes of those predictions. "
         + (f"FPS, speed-up over dense and peak memory of the process: with a history of {last} frames, one run each."
            if last else ""),
         "",
@@ -167,14 +167,14 @@ def _revisit(settings: Settings, rows: Rows) -> list[str]:
             "gain over window ", "free way back: truth", "first view"]  # fmt: skip
     fields = ("truth", "truth_gain", "whole", "first", "first_gain", "free_truth", "free_first")
     body = [[name, *(shown(row["revisit"][field], 2) for field in fields)] for name, row in rows.items()]
-    own = next(shown(row["revisit"]["first_truth"], 1) for row in rows.values())
+    own = next(f"{row['revisit']['first_truth'].mean:.1f}" for row in rows.values() if row["revisit"]["first_truth"])
     return [
         "## Places seen again", "",
-        f"The player turns away for {AWAY} latent frames and {BACK} back, or {CIRCLE} on the spot (two full circles). PSNR "
-        "(dB) of the columns that come back into the picture and were in none of the frames that a window of the same "
-        "budget holds, predicted after true frames, against the true ones; the gain is paired, chunk by chunk. Whole frames "
-        f"at a pose seen before, against their first view (the game's own second view: {own} dB). Free way back: nothing "
-        "is told any more once the player turns round.", "", *table(head, body),
+        f"The player turns away for {AWAY} latent frames and {BACK} back, or {CIRCLE} on the spot (two full circles). "
+        "PSNR (dB) of the columns that come back into the picture and were in none of the frames that a window of the "
+        "same budget holds, predicted after true frames, against the true ones; the gain is paired, chunk by chunk. "
+        f"Whole frames at a pose seen before, against their first view (the game's own second view: {own} dB). Free "
+        "way back: nothing is told any more once the player turns round.", "", *table(head, body),
     ]  # fmt: skip
 
 
@@ -190,8 +190,8 @@ def _following(settings: Settings, rows: Rows) -> list[str]:
     head = ["method", *(f"{kind} (n = {counts[kind]['told']})" if kind in counts else kind for kind in kinds)]
     return [
         "## Action following", "",
-        "Share of the latent frames of free rollouts whose picture moves as the action says (turns and side steps: phase "
-        "correlation; walking: growth by optical flow), among those in which the game's picture does.", "",
+        "Share of the latent frames of free rollouts whose picture moves as the action says (turns and side steps: "
+        "phase correlation; walking: growth by optical flow), among those in which the game's picture does.", "",
         *table(head, body),
     ]  # fmt: skip
 
@@ -212,8 +212,8 @@ def _drift(settings: Settings, rows: Rows) -> list[str]:
     head = ["method", "frames", *(f"{look}, {tenth} tenth" for look in ("sharpness", "brightness", "contrast")
                                   for tenth in ("1st", "5th", "10th"))]  # fmt: skip
     base = "the game's mean in the same scene" if settings.truth is None else "the first tenth"
-    return ["## Drift", "", f"Of each method's longest rollout: tenths of the run over {base}. Sharpness: mean absolute "
-            "gradient.", "", *table(head, body)]  # fmt: skip
+    about = f"Of each method's longest rollout: tenths of the run over {base}. Sharpness: mean absolute gradient."
+    return ["## Drift", "", about, "", *table(head, body)]
 
 
 def _layers(settings: Settings, rows: Rows) -> list[str]:
