@@ -149,6 +149,19 @@ def test_events_are_counted():
     assert memory.values["fastar_chunk_seconds_count"][(("phase", "denoise"),)] == 2
 
 
+def test_the_guards_figures_are_counted_where_it_is_on():
+    memory = MemoryMetrics()
+    metrics = Metrics(memory)
+    metrics.chunk(stats(), 0.0, 0.0, None)
+    assert memory.values["fastar_guard_recall_count"] == {}
+    for recall in (0.91, 0.96):
+        metrics.chunk(stats(guard_recall=recall, guard_error=0.04, sparse_density=0.3), 0.0, 0.0, None)
+    buckets = {dict(labels)["le"]: value for labels, value in memory.values["fastar_guard_recall_bucket"].items()}
+    assert (buckets["0.9"], buckets["0.95"], buckets["0.97"], buckets["+Inf"]) == (0, 1, 2, 2)
+    assert memory.values["fastar_guard_error_sum"][()] == pytest.approx(0.08)
+    assert memory.values["fastar_sparse_density"][()] == 0.3
+
+
 def test_the_dashboard_shows_metrics_that_exist_and_all_of_them():
     dashboard = json.loads((Path(__file__).parents[2] / "docs" / "grafana.json").read_text())
     queries = [target["expr"] for panel in dashboard["panels"] for target in panel.get("targets", [])]
