@@ -371,7 +371,8 @@ class StreamEngine:
         waits for a GPU, once."""
         videos = []
         for stream, latents in zip(streams, x0, strict=True):
-            video, stream.decoded = self.world.decoder.decode(latents, stream.decoded)
+            # In one layout, whoever shares the step: convolutions round by it.
+            video, stream.decoded = self.world.decoder.decode(latents.contiguous(), stream.decoded)
             pixels = ((video.float().clamp(-1, 1) + 1) * 127.5).round().to(torch.uint8)
             videos.append(self._moved(pixels.permute(0, 2, 3, 1).contiguous(), torch.device("cpu")))
         if self.device.type == "cuda":
