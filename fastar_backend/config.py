@@ -22,6 +22,9 @@ def parse(kind: type[Config], values: Any, field: str) -> Any:
     except ValidationError as error:
         first = error.errors()[0]
         path = ".".join([field, *(str(part) for part in first["loc"])])
+        for part in first["loc"][:-1]:  # into nested settings
+            inner = kind.model_fields[part].annotation if part in kind.model_fields else None
+            kind = inner if isinstance(inner, type) and issubclass(inner, Config) else kind
         known = ", ".join(sorted(kind.model_fields))
         allowed = (
             f"one of {known}" if first["type"] == "extra_forbidden" else first["msg"].removeprefix("Value error, ")
@@ -183,7 +186,7 @@ class AttentionConfig(Config):
         if self.kind == "fastar" and self.sink_frames + self.recent_frames > self.budget_frames:
             raise ValueError("budget_frames must hold sink_frames + recent_frames")
         if self.kind != "fastar" and self.guard != "off":
-            raise ValueError(f"guard must be off where kind is {self.kind}: it watches AnnSA, which is fastar's")
+            raise ValueError(f"guard must be off where kind is {self.kind}: it watches fastar's AnnSA")
         if self.kind in ("fastar", "window") and self.reuse != "off":
             raise ValueError(f"reuse must be off where kind is {self.kind}: got {self.reuse}")
         return self

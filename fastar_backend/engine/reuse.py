@@ -32,12 +32,15 @@ def embedded(dit: CausalDiT, x: Tensor) -> Tensor:
     return dit.patch_embedding(x.transpose(1, 2)).flatten(3).permute(0, 2, 3, 1)
 
 
-def modulated(dit: CausalDiT, x: Tensor, sigma: float) -> Tensor:
-    """The first block's normalised input, shifted and scaled for the noise level. Shapes as `embedded`."""
+def modulated(dit: CausalDiT, x: Tensor, sigma: float, actions: Tensor) -> Tensor:
+    """The first block's normalised input, shifted and scaled for noise level and actions. Shapes as `embedded`."""
     patches, block = embedded(dit, x), dit.blocks[0]
-    level = torch.full((1,), sigma * 1000, device=x.device)
-    e = dit.time_projection(dit.time_embedding(sinusoidal_embedding(level, dit.config.freq_dim).to(patches.dtype)))
-    shift, scale = (block.modulation[:, :2] + e.unflatten(-1, (6, -1))[:, :2]).to(patches.dtype).unbind(1)
+    level = torch.full(x.shape[:2], sigma * 1000, device=x.device)
+    e = dit.time_embedding(sinusoidal_embedding(level, dit.config.freq_dim).to(patches.dtype))
+    if dit.config.action_dim:
+        e = e + dit.action_embedding(actions.to(patches.dtype))
+    e6 = dit.time_projection(e).unflatten(-1, (6, -1))
+    shift, scale = (block.modulation[:, :2] + e6[:, :, :2]).to(patches.dtype).unsqueeze(3).unbind(2)
     return F.layer_norm(patches, patches.shape[-1:], eps=block.eps) * (1 + scale) + shift
 
 
@@ -81,7 +84,7 @@ class Reuse:
         actions: [streams, ...]."""
         if all(one.config.reuse == "off" for one in self.passes):
             return forward(self.streams, x, sigma, actions)
-        rows = [row for row, one in enumerate(self.passes) if not self._skips(one, x[row : row + 1], sigma)]
+        rows = [row for row in range(len(self.passes)) if not self._skips(row, x, sigma, actions)]
         if rows:
             at = torch.tensor(rows, device=x.device)
             outputs = forward([self.streams[row] for row in rows], x[at], sigma, actions[at])
@@ -91,7 +94,10 @@ class Reuse:
             self.streams[row].caches.skip()
         return torch.stack([one.output for one in self.passes])
 
-    def _skips(self, one: Passes, x: Tensor, sigma: float) -> bool:
+    def _skips(self, row: int, x: Tensor, sigma: float, actions: Tensor) -> bool:
+        one, own = self.passes[row], slice(row, row + 1)
         if one.config.reuse == "off":
             return False
-        return one.skips(modulated(self.dit, x, sigma) if one.config.reuse == "teacache" else embedded(self.dit, x))
+        if one.config.reuse == "teacache":
+            return one.skips(modulated(self.dit, x[own], sigma, actions[own]))
+        return one.skips(embedded(self.dit, x[own]))
