@@ -1,8 +1,8 @@
 """Every named policy that is compared, at one budget: the baselines of the paper's tables and FAST-AR's parts, alone
 and together, each with both of its indices. Evaluation and the table test run them all.
 
-As in the paper, only dense attention with TempCache, a window or FlowCache is bounded: the others, AnnSA and AnnCA by
-themselves too, keep the whole history, and the budget does not concern them."""
+The budget is that of a window, of FlowCache and of TempCache. The others keep the whole history, as in their papers:
+AnnSA and AnnCA by themselves, too."""
 
 from __future__ import annotations
 

@@ -166,7 +166,9 @@ def test_first_layers_and_first_steps_are_dense(kind):
 )
 def test_radial_mask(frames, chunk, size, block, decay):
     plan = radial.plan_of(frames, chunk, size, block, decay, torch.device("cpu"))
-    assert history.mask(plan, chunk * size, frames * size).equal(rules.radial(frames, chunk, size, block, decay))
+    assert history.mask(plan, torch.arange(chunk * size), frames * size).equal(
+        rules.radial(frames, chunk, size, block, decay)
+    )
     assert history.pairs(plan) == rules.radial(frames, chunk, size, block, decay).sum()
 
 
@@ -187,7 +189,7 @@ def test_svg1_masks(frames, chunk, size, block, share):
     spatial = svg1.spatial(frames, chunk, size, share, torch.device("cpu"))
     temporal = svg1.temporal(frames, chunk, size, block, share, torch.device("cpu"))
     for plan, slow in zip((spatial, temporal), rules.svg1(frames, chunk, size, block, share), strict=True):
-        assert history.mask(plan, chunk * size, frames * size).equal(slow)
+        assert history.mask(plan, torch.arange(chunk * size), frames * size).equal(slow)
         assert history.pairs(plan) == slow.sum()
 
 
@@ -299,6 +301,27 @@ def test_flowcache_keeps_the_best_tokens_and_the_last_chunk():
             assert cache.values[head, slots].equal(qkv[2][head, held[head]])
     assert cache.times == [14, 15]
     assert cache.used == 9
+
+
+def test_recall_of_flowcache_is_that_of_the_tokens_it_holds():
+    """Values are unique, so they tell which token an entry is."""
+    shape = shape_of(heads=2, head_dim=10, frame_tokens=5)
+    qkv = tokens(shape, 14, seed=12)
+    cache = make_cache(shape, AttentionConfig(kind="flowcache", budget_frames=5))
+    watched = Watched(cache)
+    run = drive(shape, AttentionConfig(), qkv, cache=cache, recall=True)
+    query, keys, values, _, _, _, _ = watched.passes[-1]
+    place = layout_of(shape).place
+    whole = place(qkv[1], [time for time in range(14) for _ in range(5)], 12)
+    recall = []
+    for head in range(2):
+        token = [int((qkv[2][head] == value).all(-1).nonzero()) for value in values[head]]
+        for q in query[head, ::12].double():
+            dense = (whole[head].double() @ q / 10**0.5).softmax(0)
+            held = (keys[head].double() @ q / 10**0.5).softmax(0)
+            recall.append(sum(min(float(dense[t]), float(part)) for t, part in zip(token, held, strict=True)))
+    assert run.recall[-1] == pytest.approx(sum(recall) / len(recall), abs=1e-5)
+    assert 0.2 < run.recall[-1] < 0.9
 
 
 def test_budgets_of_service_are_those_of_the_policy(world):

@@ -39,11 +39,12 @@ def pairs(plan: Plan) -> int:
     return sum(len(block.queries) * len(block.keys) for block in plan)
 
 
-def mask(plan: Plan, queries: int, keys: int) -> Tensor:
-    """The plan as bool [queries, keys]."""
-    seen = torch.zeros(queries, keys, dtype=torch.bool, device=plan[0].keys.device)
+def mask(plan: Plan, queries: Tensor, keys: int) -> Tensor:
+    """What the plan lets these of the chunk's queries [n] see: bool [n, keys]."""
+    seen = torch.zeros(len(queries), keys, dtype=torch.bool, device=queries.device)
     for block in plan:
-        seen[block.queries[:, None], block.keys] = True
+        rows = torch.isin(queries, block.queries).nonzero()
+        seen[rows, block.keys] = True
     return seen
 
 
@@ -64,6 +65,10 @@ class SparseHistory(FrameCache, abc.ABC):
         self.config, self.layer = config, layer
         self.sparse = False  # whether the last pass was
 
+    def begin(self, start: int) -> None:
+        super().begin(start)
+        self.sparse = False
+
     def attend(self, query: Tensor, key: Tensor, value: Tensor, progress: float) -> Tensor:
         self.sparse = self.layer >= self.config.baseline.dense_layers and progress >= self.config.dense_steps
         if not self.sparse:
@@ -74,7 +79,7 @@ class SparseHistory(FrameCache, abc.ABC):
         return out
 
     def allowed(self, queries: Tensor) -> Tensor | None:
-        return self._seen()[:, queries] if self.sparse else None
+        return self._seen(queries) if self.sparse else None
 
     @abc.abstractmethod
     def _attend(self, query: Tensor, keys: Tensor, values: Tensor) -> tuple[Tensor, float]:
@@ -82,5 +87,5 @@ class SparseHistory(FrameCache, abc.ABC):
         [heads, m, head_dim], the whole history and the chunk."""
 
     @abc.abstractmethod
-    def _seen(self) -> Tensor:
-        """What the last sparse pass let each query see: bool [heads, n, m]."""
+    def _seen(self, queries: Tensor) -> Tensor:
+        """What the last pass, a sparse one, let these of the chunk's queries [n] see: bool [heads, n, m]."""

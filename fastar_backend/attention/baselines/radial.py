@@ -65,7 +65,6 @@ class RadialCache(SparseHistory):
         attend(query, keys, values, plan, torch.arange(len(query), device=query.device), out)
         return out, pairs(plan)
 
-    def _seen(self) -> Tensor:
-        own = self.shape.chunk_tokens
-        keys = self.tokens + own
-        return mask(self._plan(keys), own, keys).expand(self.shape.heads, -1, -1)
+    def _seen(self, queries: Tensor) -> Tensor:
+        keys = self.tokens + self.shape.chunk_tokens
+        return mask(self._plan(keys), queries, keys).expand(self.shape.heads, -1, -1)

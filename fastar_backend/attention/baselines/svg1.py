@@ -76,13 +76,11 @@ class Svg1Cache(SparseHistory):
         exact = logits.softmax(-1) @ values.float()
         found = []
         for plan in plans:
-            seen = mask(plan, query.shape[1], keys.shape[1])[rows]
-            part = logits.masked_fill(~seen, -torch.inf).softmax(-1) @ values.float()
+            part = logits.masked_fill(~mask(plan, rows, keys.shape[1]), -torch.inf).softmax(-1) @ values.float()
             found.append((part - exact).square().mean((1, 2)))
         return torch.stack(found)
 
-    def _seen(self) -> Tensor:
-        own = self.shape.chunk_tokens
-        keys = self.tokens + own
-        masks = torch.stack([mask(plan, own, keys) for plan in self._plans(keys)])
+    def _seen(self, queries: Tensor) -> Tensor:
+        keys = self.tokens + self.shape.chunk_tokens
+        masks = torch.stack([mask(plan, queries, keys) for plan in self._plans(keys)])
         return masks[self.temporal.long()]

@@ -88,8 +88,8 @@ class Svg2Cache(SparseHistory):
         out = F.scaled_dot_product_attention(query[None], keys[None], values[None], self.seen[None])[0]
         return out, float(self.seen.sum()) / len(query)
 
-    def _seen(self) -> Tensor:
-        return self.seen
+    def _seen(self, queries: Tensor) -> Tensor:
+        return self.seen[:, queries]
 
     def state(self) -> tuple[dict[str, Any], dict[str, Tensor]]:
         numbers, tensors = super().state()
