@@ -26,7 +26,6 @@ import torch
 import typer
 from torch import nn
 
-from fastar_backend.attention.batch import StreamsAttend
 from fastar_backend.config import AttentionConfig, ExecutionConfig, ModelConfig, SamplerConfig
 from fastar_backend.engine.engine import StreamEngine
 from fastar_backend.engine.graphs import recorder_for
@@ -39,6 +38,7 @@ from fastar_backend.model.tuning import tune
 from fastar_backend.model.wan_vae import WanDecoder
 from fastar_backend.model.world import World, WorldConfig
 
+WARM = 6  # chunks until graphs are recorded, at each place of a cache's ring
 FRAMES = 12  # of a chunk, but for the first, which has 9
 POLICIES = {
     "fastar": AttentionConfig(budget_frames=6, recent_frames=3),
@@ -214,7 +214,7 @@ def many(engine: StreamEngine, policy: AttentionConfig, streams: int, chunks: in
         engine.open(number, "a forest in the rain", StreamOptions(seed=number, start="nothing", attention=policy))
         fill(engine, engine.streams[number])
     try:
-        for _ in range(3):
+        for _ in range(WARM):
             advance(engine, numbers)
         torch.cuda.reset_peak_memory_stats()
         times = []
@@ -243,59 +243,62 @@ def milliseconds(act: Any, repeats: int = 5) -> float:
     return statistics.median(times)
 
 
+def ceilings(device: torch.device) -> tuple[float, float]:
+    """TFLOP/s of a bf16 product and TB/s of a copy."""
+    a, b = (torch.randn(8192, 8192, device=device).bfloat16() for _ in range(2))
+    x = torch.empty(1 << 30, dtype=torch.uint8, device=device)
+    matmul = 2 * 8192**3 / milliseconds(lambda: a @ b, 20) / 1e9
+    return matmul, 2 * x.nbytes / milliseconds(lambda: x.clone(), 20) / 1e9
+
+
+# Which part of a chunk a kernel belongs to: the first line with a piece of its name counts.
+KERNELS = {
+    "products of the linear layers": ("nvjet", "cublas"),
+    "norms, gates, positions in space": ("modulate_kernel", "heads_kernel"),
+    "attention to whole frames (cuDNN)": ("sdpa",),
+    "attention to the memory and the prompt (ours)": ("attend_kernel",),
+    "positions in time, usage": ("turn_kernel", "mass_kernel"),
+    "merging: nearest groups": ("nearest_kernel",),
+    "merging: the rest": ("merge_kernel", "place_kernel", "gather", "sort", "Sort", "TopK", "topk", "scatter"),
+    "decoding": ("fprop", "triton_", "conv"),
+}
+
+
 @torch.inference_mode()
 def table(engine: StreamEngine, policy: AttentionConfig) -> dict[str, Any]:
-    """Where the time of a chunk goes, each part by itself with full caches (milliseconds), and floors from this
-    machine's own bf16 product and copy rates."""
-    model, shape, device = engine.world.config.model, engine.shape, engine.device
+    """Where the time of a chunk goes, by its kernels in the whole step with full caches (milliseconds), and floors from
+    this machine's own bf16 product and copy rates."""
+    model, shape = engine.world.config.model, engine.shape
+    matmul, copy = ceilings(engine.device)
     engine.open(1, "a forest in the rain", StreamOptions(seed=1, start="nothing", attention=policy))
     stream = engine.streams[1]
     fill(engine, stream)
-    advance(engine, [1])
-    caches = stream.caches
-    passes = len(engine.world.config.sampler.sigmas) + 1
-    like = (1, shape.chunk_tokens, shape.heads, shape.head_dim)
-    q, k, v = (torch.randn(like, device=device, dtype=engine.dtype) for _ in range(3))
-    a, b = (torch.randn(8192, 8192, device=device).bfloat16() for _ in range(2))
-    matmul = 2 * 8192**3 / milliseconds(lambda: a @ b, 20) / 1e9
-    x = torch.empty(1 << 30, dtype=torch.uint8, device=device)
-    copy = 2 * x.nbytes / milliseconds(lambda: x.clone(), 20) / 1e9
-    caches.begin(stream.latent_frame)
-    layers = [StreamsAttend(shape, [cache], [None], progress=0.5, write=False) for cache in caches]
-    writing = [StreamsAttend(shape, [cache], [None], progress=1.0, write=True) for cache in caches]
-    nothing = [lambda query, key, value: value] * model.layers
-    crossed = [lambda query: query] * model.layers
-    latents = torch.randn(1, shape.chunk_frames, model.latent_channels, model.latent_height, model.latent_width,
-                          device=device, dtype=engine.dtype)  # fmt: skip
-    sigma = torch.full((1, shape.chunk_frames), 0.5, device=device)
-    text = q.flatten(1, 1)[0].transpose(0, 1)
-    parts = {
-        "linear": passes * milliseconds(lambda: engine.world.dit(latents, sigma, None, nothing, crossed)),
-        "self_attention": (passes - 1) * milliseconds(lambda: [layer(q, k, v) for layer in layers])
-        + milliseconds(lambda: [layer(q, k, v) for layer in writing]),
-        "cross_attention": passes * milliseconds(lambda: [layer.attend(text) for layer in stream.text]),
-        "turn": milliseconds(lambda: caches.begin(stream.latent_frame)),
-        "merge": milliseconds(caches.commit),
-        "decode": milliseconds(lambda: engine.world.decoder.decode(latents[0], stream.decoded)),
-    }
-    keys = caches.stats().tokens + shape.chunk_tokens
-    per_token = 2 * (4 * model.dim**2 + 2 * model.dim**2 + 2 * model.dim * model.ffn_dim) * model.layers
-    floors = {
-        "linear": passes * shape.chunk_tokens * per_token / matmul / 1e9,
-        "self_attention": passes * model.layers * 4 * shape.chunk_tokens * keys * model.dim / matmul / 1e9,
-    }
-    start = time.perf_counter()
-    for _ in range(5):
+    for _ in range(WARM):
         advance(engine, [1])
-    whole = (time.perf_counter() - start) / 5 * 1000
+    times = []
+    for _ in range(10):
+        start = time.perf_counter()
+        (chunk,) = advance(engine, [1])
+        times.append(1000 * (time.perf_counter() - start))
     with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CUDA]) as profile:
         advance(engine, [1])
     kernels = sorted(profile.key_averages(), key=lambda event: -event.self_device_time_total)
+    parts = dict.fromkeys([*KERNELS, "other kernels and copies"], 0.0)
+    for event in kernels:
+        part = next((part for part, names in KERNELS.items() if any(name in event.key for name in names)), None)
+        parts[part or "other kernels and copies"] += event.self_device_time_total / 1000
     top = {event.key[:80]: [event.self_device_time_total / 1000, event.count] for event in kernels[:30]}
-    busy = sum(event.self_device_time_total for event in kernels) / 1000
+    passes = len(engine.world.config.sampler.sigmas) + 1
+    keys = chunk.stats.cache_tokens + shape.chunk_tokens
+    per_token = 2 * (4 * model.dim**2 + 2 * model.dim**2 + 2 * model.dim * model.ffn_dim) * model.layers
+    floors = {
+        "linear layers": passes * shape.chunk_tokens * per_token / matmul / 1e9,
+        "self-attention": passes * model.layers * 4 * shape.chunk_tokens * keys * model.dim / matmul / 1e9,
+    }
     engine.close(1)
-    return {"matmul_tflops": matmul, "copy_tb_s": copy, "parts_ms": parts, "floors_ms": floors, "chunk_ms": whole,
-            "busy_ms": busy, "kernels": top, "keys": keys}  # fmt: skip
+    return {"matmul_tflops": matmul, "copy_tb_s": copy, "parts_ms": parts, "floors_ms": floors,
+            "chunk_ms": statistics.median(times), "kernels_ms": sum(parts.values()), "kernels": top,
+            "keys": keys}  # fmt: skip
 
 
 def markdown(result: dict[str, Any]) -> str:
@@ -331,36 +334,36 @@ def markdown(result: dict[str, Any]) -> str:
             f"{row['policy']}: {row['streams']} streams, {row['fps_each']:.1f} FPS each, {row['peak_gib']:.1f} GiB"
         )
     if parts := result.get("table"):
-        lines += [
-            "",
-            f"A chunk takes {parts['chunk_ms']:.0f} ms, kernels run for {parts['busy_ms']:.0f} ms.",
-            "",
-            "| part | ms | floor |",
-            "|---|---|---|",
-        ]
-        for name, value in parts["parts_ms"].items():
-            floor = parts["floors_ms"].get(name)
-            lines.append(f"| {name} | {value:.1f} | {'' if floor is None else f'{floor:.0f}'} |")
+        lines += ["", f"A chunk takes {parts['chunk_ms']:.0f} ms, kernels run for {parts['kernels_ms']:.0f} ms.", ""]
+        lines += ["| kernels | ms |", "|---|---|"]
+        lines += [f"| {name} | {value:.1f} |" for name, value in parts["parts_ms"].items()]
+        lines += [f"| at the floor: {name} | {value:.0f} |" for name, value in parts["floors_ms"].items()]
     return "\n".join(lines) + "\n"
 
 
-def plot(runs: dict[str, Any], path: Path) -> None:
+def plot(result: dict[str, Any], path: Path) -> None:
     import matplotlib
 
     matplotlib.use("Agg")
     from matplotlib import pyplot
 
     figure, (left, right) = pyplot.subplots(1, 2, figsize=(11, 4), layout="constrained")
-    for name, run in runs.items():
+    for name, run in result["rollouts"].items():
         frames, seconds = np.array(run["frames"][1:]), np.array(run["seconds"][1:])
         smooth = np.array([np.median(seconds[max(0, i - 2) : i + 3]) for i in range(len(seconds))])
-        left.plot(frames, FRAMES / smooth, label=name)
+        (line,) = left.plot(frames, FRAMES / smooth, label=name)
+        if rows := [row for row in result.get("lengths", {}).get(name, ()) if name == "dense"]:
+            at, colour = [4 * row["latent_frames"] for row in rows], line.get_color()
+            left.plot(
+                at, [1000 * FRAMES / row["ms"] for row in rows], ":o", ms=3, color=colour, label="dense, caches filled"
+            )
+            right.plot(at, [row["peak_gib"] for row in rows], ":o", ms=3, color=colour)
         right.plot(frames, run["peak_gib"][1:], label=name)
         if run["stopped_by"] == "memory":
             right.annotate("out of memory", (frames[-1], run["peak_gib"][-1]), ha="left", va="top")
     left.set(xlabel="frame", ylabel="frames per second", ylim=(0, None), title="speed, frames in host memory")
     right.set(xlabel="frame", ylabel="GiB", ylim=(0, None), title="peak GPU memory of each chunk")
-    left.legend()
+    left.legend(loc="upper right", bbox_to_anchor=(1, 0.8))
     figure.savefig(path, dpi=110)
 
 
@@ -424,7 +427,7 @@ def main(
             result["rollouts"][name] = run
             print(name, {key: value for key, value in run.items() if not isinstance(value, list)}, flush=True)
             save()
-        plot(result["rollouts"], out / "wan.png")
+        plot(result, out / "wan.png")
     if "lengths" in part:
         result["lengths"] = {}
         for name in policies.split(","):
@@ -437,6 +440,8 @@ def main(
             steady = statistics.median(row["ms"] for row in result["lengths"]["fastar"][2:])
             result["against_dense"] = against_dense(result["lengths"], steady)
             save()
+        if "rollouts" in result:
+            plot(result, out / "wan.png")
     if "settings" in part:
         result["by_setting"] = {}
         for name, policy in settings_of(policies_of["fastar"]).items():

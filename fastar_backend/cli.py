@@ -58,7 +58,7 @@ def serve(
         bool | None,
         typer.Option(
             "--compile/--no-compile",
-            help="torch.compile the model: a slower start, faster chunks.",
+            help="On a GPU: compiled decoder, CUDA graphs; a slower start, faster chunks.",
             show_default="on a GPU, for worlds in bfloat16",
         ),
     ] = None,
