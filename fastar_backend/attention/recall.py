@@ -24,8 +24,8 @@ class Pass:
     """One pass of a chunk through one layer. executed, possible: query-key pairs, as the cache counts them."""
 
     recall: float
-    executed: int
-    possible: int
+    executed: float
+    possible: float
 
 
 class RecallProbe:

@@ -84,8 +84,8 @@ def markdown(settings: Settings, results: Results, rows: Rows, shown: list[tuple
         f"All policies have the same prompts, actions, noise and first frames. Bounded caches hold {settings.budget} "
         f"latent frames. {counts['rollout']} free rollouts of {sizes.frames} frames, {counts['forced']} histories of "
         f"{sizes.forced_latents} latent frames, {counts['revisit']} scenes of places seen again, {counts['drift']} "
-        f"long rollouts of {sizes.drift_frames} frames. ± is Student's 95 % interval of the mean over scenarios and seeds; "
-        "`-` was not measured or does not apply.",
+        f"long rollouts of {sizes.drift_frames} frames. ± is Student's 95 % interval of the mean over scenarios and "
+        "seeds; `-` was not measured or does not apply.",
         "",
     ]
     if settings.truth is not None:

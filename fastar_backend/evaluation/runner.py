@@ -28,7 +28,7 @@ from fastar_backend.evaluation.revisit import measure_revisit
 from fastar_backend.evaluation.rollout import measure_drift, measure_rollout
 from fastar_backend.evaluation.speed import measure_speed
 from fastar_backend.evaluation.store import Store, Unit
-from fastar_backend.evaluation.suites import DRIFT, MARKS, Part, Settings
+from fastar_backend.evaluation.suites import DRIFT, Part, Settings
 
 MEASURES: dict[str, Callable[[Lab, Unit], dict[str, Any]]] = {
     "rollout": measure_rollout, "forced": measure_forced, "revisit": measure_revisit, "drift": measure_drift,
@@ -73,6 +73,8 @@ def run(store: Store, settings: Settings, policies: dict[str, AttentionConfig], 
         def finished(unit: Unit, result: dict[str, Any]) -> None:
             store.add(unit, result)
             progress.update(task, advance=1, description=unit.key)
+            if not console.is_terminal:
+                console.print(f"{progress.tasks[0].completed:.0f}/{len(units)} {unit.key}")
 
         alone = [unit for unit in todo if unit.part == "speed"]
         stages = [[u for u in todo if u.part != "speed" and (u.policy == "dense") is dense] for dense in (True, False)]
@@ -88,7 +90,7 @@ def run(store: Store, settings: Settings, policies: dict[str, AttentionConfig], 
                 finished(unit, result)
         for unit in alone:
             progress.update(task, description=unit.key)
-            marks = [mark for mark in MARKS if mark <= settings.sizes.longest_mark]
+            marks = settings.sizes.marks
             finished(unit, measure_speed(settings.world, settings.device, policies[unit.policy], marks, threads))
 
 

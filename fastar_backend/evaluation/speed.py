@@ -26,8 +26,8 @@ from fastar_backend.engine.stream import ChunkRequest, Stream, StreamOptions
 from fastar_backend.engine.warm_up import fill_chunk
 from fastar_backend.errors import FastarError
 
-CHUNKS = 5  # timed at each mark, at most; the median counts
-SECONDS = 8.0  # of timing at a mark: no further chunk after that (but at least one)
+CHUNKS = 3  # timed at each mark, at most; the median counts
+SECONDS = 4.0  # of timing at a mark: no further chunk after that (but at least one)
 PATIENCE = 60.0  # seconds that filling to a mark may take; beyond, the policy is not measured there
 
 

@@ -73,9 +73,7 @@ class Store:
         """Of an existing folder: its settings and its policies' attention settings. Raises InvalidInput."""
         path = self.folder / "settings.json"
         if not path.exists():
-            raise InvalidInput(
-                "DIR", f"{self.folder} has no settings.json", "the --out folder of a run of `fastar eval`"
-            )
+            raise InvalidInput("DIR", f"{path} is not there", "the --out folder of a run of `fastar eval`")
         held = self._read(path)
         return parse(Settings, held["settings"], str(path)), held["policies"]
 

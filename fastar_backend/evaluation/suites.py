@@ -15,7 +15,6 @@ from fastar_backend.model.world_config import WorldConfig
 Part = Literal["rollout", "forced", "revisit", "drift", "speed"]
 PARTS: tuple[Part, ...] = ("rollout", "forced", "revisit", "drift", "speed")
 DRIFT = ("window", "tempcache-quant", "fastar-quant")  # of those chosen; dense attention would take hours
-MARKS = (24, 120, 240, 480, 960, 1920, 2880)  # video frames at which speed is measured
 
 
 class Suite(Config):
@@ -30,22 +29,22 @@ class Suite(Config):
     revisit_scenarios: int
     revisit_every: int = 1  # of the chunks in which a place returns, one in so many is predicted
     drift_frames: int
-    longest_mark: int  # the last of MARKS whose speed is measured
+    marks: tuple[int, ...]  # video frames of history at which speed is measured
     parts: tuple[Part, ...] = PARTS
 
 
 SUITES = {
     "quick": Suite(
-        frames=144, scenarios=4, forced_latents=64, forced_every=8, forced_scenarios=3, revisit_scenarios=2,
-        revisit_every=2, drift_frames=960, longest_mark=960,
+        frames=96, scenarios=3, forced_latents=64, forced_every=8, forced_scenarios=2, revisit_scenarios=2,
+        revisit_every=2, drift_frames=720, marks=(24, 240, 960),
     ),
     "full": Suite(
         frames=720, scenarios=6, seeds=3, forced_latents=160, forced_every=8, forced_scenarios=6, revisit_scenarios=4,
-        drift_frames=2880, longest_mark=2880,
+        drift_frames=2880, marks=(24, 120, 240, 480, 960, 1920, 2880),
     ),
     "ablations": Suite(
         frames=96, scenarios=3, forced_latents=64, forced_every=8, forced_scenarios=3, revisit_scenarios=2,
-        revisit_every=2, drift_frames=960, longest_mark=240, parts=("rollout", "forced", "revisit"),
+        revisit_every=2, drift_frames=720, marks=(24, 240), parts=("rollout", "forced", "revisit"),
     ),
 }  # fmt: skip
 # Of the embedded world: a mix of kinds of play however many are taken. A world's others follow.
