@@ -1,10 +1,9 @@
-"""Evaluates a world against the game it learned: PSNR by history length, memory of places, long rollouts.
+"""Evaluates a world against the game it learned, as training goes on: PSNR by history length, long rollouts. How
+attention policies compare is for `fastar eval`, places seen again too.
 
-    python -m training.evaluate --world fastar_backend/worlds/doom --out out/evaluation [--part history|revisit|rollout]
+    python -m training.evaluate --world fastar_backend/worlds/doom --out out/training [--part history|rollout]
 
 history: the next chunk predicted after true frames, for histories of several lengths, against the true frames.
-revisit: the player spins two full turns, or looks away and back; the second view of a place is predicted with the whole
-history and with a window that no longer holds the first view.
 rollout: 2880 frames per scenario with the default attention; a contact sheet.
 """
 
@@ -21,27 +20,11 @@ from PIL import Image, ImageDraw
 from fastar_backend.config import AttentionConfig
 from fastar_backend.engine.engine import StreamEngine
 from fastar_backend.engine.stream import ChunkRequest, Stream, StreamOptions
+from fastar_backend.evaluation.game import HELD_OUT, SCENARIOS, behaviour, play
+from fastar_backend.evaluation.metrics import decibels, squared_errors
 from training.autoencoder import to_video
-from training.collect import SCENARIOS, Game, behaviour, vector
 
-HELD_OUT = 70001  # game seeds that training never used
 ROLLOUT_MARKS = (0, 100, 500, 1000, 2000, 2876)
-
-
-def play(scenario: str, actions: list[str], seed: int) -> tuple[np.ndarray, int]:
-    """Frames [n, 2, H, W, 3] of the game under `actions`, and how many actions it lived through."""
-    game, frames = Game(scenario, seed), []
-    for action in actions:
-        pair = game.step(vector(action))
-        if pair is None:
-            break
-        frames.append(np.stack(pair))
-    game.close()
-    return np.stack(frames), len(frames)
-
-
-def psnr(a: np.ndarray, b: np.ndarray) -> float:
-    return float(10 * np.log10(255**2 / max(np.square(a.astype(float) - b).mean(), 1e-9)))
 
 
 def predictions(engine: StreamEngine, policies: dict[str, AttentionConfig], prompt: str, frames: np.ndarray,
@@ -64,7 +47,7 @@ def predictions(engine: StreamEngine, policies: dict[str, AttentionConfig], prom
                 stream.begin_chunk()
                 if chunk in wanted:
                     predicted = engine.decode(engine.sample([stream], move))[0].numpy()
-                    rows.append({"policy": name, "chunk": chunk, "psnr": psnr(predicted, truth)})
+                    rows.append({"policy": name, "chunk": chunk, "psnr": decibels(squared_errors(predicted, truth))})
                 engine.write([stream], x0, move)
                 stream.latent_frame += size
     return rows
@@ -90,8 +73,8 @@ def history(engine: StreamEngine, out: Path, runs: int, latent_frames: int, name
         for run in range(runs):
             rng = np.random.default_rng(run)
             moves = [move for move, _ in zip(behaviour(scenario, rng), range(latent_frames), strict=False)]
-            frames, lived = play(scenario.name, moves, HELD_OUT + 100 * index + run)
-            if lived < latent_frames:
+            frames, _ = play(scenario.name, moves, HELD_OUT + 100 * index + run)
+            if len(frames) < latent_frames:
                 continue
             prompt = engine.world.config.scenarios[scenario.name].prompt
             found = predictions(engine, policies, prompt, frames, moves, wanted)
@@ -129,39 +112,6 @@ def plot_history(rows: list[dict], windows: list[int], latent_frames: int, path:
     axis.set(xscale="log", xlabel="history (video frames)", ylabel="PSNR against the true next 4 frames (dB)")
     axis.legend()
     figure.savefig(path, dpi=120)
-
-
-def revisit(engine: StreamEngine, out: Path, runs: int) -> None:
-    """Second views of a place, after it has left the window."""
-    budget = AttentionConfig().budget_frames
-    policies = {
-        "dense": AttentionConfig(kind="dense"),
-        "window": AttentionConfig(kind="window", budget_frames=budget),
-        "fastar": AttentionConfig(),
-    }
-    rows = []
-    for index, name in enumerate(("my_way_home", "defend_the_center", "health_gathering", "basic")):
-        for run in range(runs):
-            rng = np.random.default_rng(run)
-            wander = ["forward"] * int(rng.integers(0, 8)) + ["turn_right"] * int(rng.integers(0, 12))
-            tests = {
-                "turn": wander + ["turn_left"] * 56,
-                "away and back": wander + ["turn_left"] * 16 + ["turn_right"] * 20,
-            }
-            for test, moves in tests.items():
-                frames, lived = play(name, moves, HELD_OUT + 1000 + 100 * index + run)
-                if lived < len(moves):
-                    continue
-                # the second turn, or the way back past what the window still holds
-                since = len(wander) + (30 if test == "turn" else 16 + budget)
-                wanted = {c for c in range(len(moves) // 2) if since <= 2 * c and 2 * c + 2 <= len(moves)}
-                prompt = engine.world.config.scenarios[name].prompt
-                found = predictions(engine, policies, prompt, frames, moves, wanted)
-                rows += [{**row, "scenario": name, "test": test} for row in found]
-        print(name, {k: round(v[0], 2) for k, v in by(rows, lambda r: (r["scenario"], r["test"], r["policy"])).items()
-                     if k[0] == name}, flush=True)  # fmt: skip
-    save(out / "revisit.json", rows)
-    print({k: tuple(round(x, 2) for x in v) for k, v in by(rows, lambda r: (r["test"], r["policy"])).items()})
 
 
 def rollout(engine: StreamEngine, out: Path, frames: int, names: list[str]) -> None:
@@ -207,8 +157,8 @@ def save(path: Path, rows: list[dict]) -> None:
 def main() -> None:
     cli = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     cli.add_argument("--world", default="doom")
-    cli.add_argument("--out", type=Path, default=Path("out/evaluation"))
-    cli.add_argument("--part", choices=("history", "revisit", "rollout"), action="append")
+    cli.add_argument("--out", type=Path, default=Path("out/training"))
+    cli.add_argument("--part", choices=("history", "rollout"), action="append")
     cli.add_argument("--scenario", action="append", help="of history and rollout; all by default")
     cli.add_argument("--runs", type=int, default=3)
     cli.add_argument("--latent-frames", type=int, default=160, help="of the history test")
@@ -218,11 +168,9 @@ def main() -> None:
     args.out.mkdir(parents=True, exist_ok=True)
     engine = StreamEngine.load(args.world, args.device, max_streams=len(SCENARIOS))
     names = args.scenario or [scenario.name for scenario in SCENARIOS]
-    for part in args.part or ("history", "revisit", "rollout"):
+    for part in args.part or ("history", "rollout"):
         if part == "history":
             history(engine, args.out, args.runs, args.latent_frames, names)
-        elif part == "revisit":
-            revisit(engine, args.out, args.runs)
         else:
             rollout(engine, args.out, args.frames, names)
 
