@@ -46,7 +46,7 @@ def predictions(engine: StreamEngine, policies: dict[str, AttentionConfig], prom
             for name, stream in streams.items():
                 stream.begin_chunk()
                 if chunk in wanted:
-                    predicted = engine.decode(engine.sample([stream], move))[0].numpy()
+                    predicted = engine.decode([stream], engine.sample([stream], move))[0].numpy()
                     rows.append({"policy": name, "chunk": chunk, "psnr": decibels(squared_errors(predicted, truth))})
                 engine.write([stream], x0, move)
                 stream.latent_frame += size

@@ -75,10 +75,10 @@ class Lab:
     @torch.inference_mode()
     def predict(self, stream: Stream, actions: Tensor) -> tuple[Tensor, np.ndarray]:
         """The next chunk, not yet written: its latents [1, ...] and its frames uint8 [n, height, width, 3]. The noise
-        depends on the place in the scene, not on what was drawn before."""
+        depends on the place in the scene, not on what was drawn before; a decoder that remembers begins anew."""
         stream.noise.manual_seed(stream.noise.initial_seed() + stream.latent_frame)
         stream.begin_chunk()
-        latents = self.engine.sample([stream], actions)
+        latents, stream.decoded = self.engine.sample([stream], actions), self.engine.world.decoder.state()
         return latents, self.engine.decode([stream], latents)[0].numpy()
 
     def compare(self, video: np.ndarray, reference: np.ndarray, every: int = SAMPLED) -> dict[str, list[float]]:
