@@ -162,6 +162,8 @@ def test_first_layers_and_first_steps_are_dense(kind):
         (18, 2, 13, 5, 0.2),
         (2, 2, 5, 8, 0.2),
         (11, 1, 1, 1, 2),
+        (9, 2, 13, 3, 2.0),
+        (9, 2, 13, 4, 0.2),
     ],
 )
 def test_radial_mask(frames, chunk, size, block, decay):

@@ -28,7 +28,8 @@ def scores(query: Tensor, keys: Tensor, raw: Tensor, mix: float) -> Tensor:
     attention = (query @ keys.transpose(1, 2)).float() * query.shape[-1] ** -0.5
     importance = F.max_pool1d(attention.softmax(-1).mean(1), NEIGHBOURS, 1, NEIGHBOURS // 2)
     unit = F.normalize(raw.float(), dim=-1)
-    cosine = (unit @ unit.sum(1, keepdim=True).transpose(1, 2))[..., 0] - 1  # with all others, summed
+    # With all keys, summed: the softmax takes no notice of a key's with itself, 1 for each.
+    cosine = (unit @ unit.sum(1, keepdim=True).transpose(1, 2))[..., 0]
     redundancy = (cosine / keys.shape[1]).softmax(-1)
     return mix * importance - (1 - mix) * redundancy
 
