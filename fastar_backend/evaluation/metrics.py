@@ -71,9 +71,7 @@ def looks(video: np.ndarray) -> dict[str, list[float]]:
     rows: dict[str, list[float]] = {"sharpness": [], "brightness": [], "contrast": []}
     for frame in video:
         grey = frame.astype(np.float32).mean(-1)
-        rows["sharpness"].append(
-            float((np.abs(np.diff(grey, axis=0)).mean() + np.abs(np.diff(grey, axis=1)).mean()) / 2)
-        )
+        rows["sharpness"].append(float(np.mean([np.abs(np.diff(grey, axis=axis)).mean() for axis in (0, 1)])))
         rows["brightness"].append(float(grey.mean()))
         rows["contrast"].append(float(grey.std()))
     return rows

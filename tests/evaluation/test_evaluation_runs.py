@@ -137,7 +137,9 @@ def test_a_killed_run_goes_on(gameworld, done, tmp_path):
     with pytest.raises(InvalidInput, match="--out: .* holds results; allowed: --resume"):
         fastar(*arguments)
     fastar(*arguments, "--resume")
-    assert lines.read_text().startswith(kept), "what was done is not done again"
+    assert lines.read_text().startswith(kept)
+    keys = [json.loads(line)["key"] for line in lines.read_text().splitlines()]
+    assert len(keys) == len(set(keys)), "what was done is not done again"
     assert report(out) == report(done)
 
 
