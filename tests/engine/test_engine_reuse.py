@@ -18,6 +18,7 @@ from fastar_backend.model.world import World, load_world
 STEPS = (1000.0, 950.0, 900.0, 600.0, 300.0)
 TOLERANCE = 2  # of 255, where batches are computed together: sums are ordered differently
 ALWAYS, NEVER = 1e9, 0.0
+ACTIONS = ("forward", "turn_left", "", "attack")
 
 
 @pytest.fixture(scope="module")
@@ -54,8 +55,9 @@ class Counted:
             self.engine.open(number, "a dark maze", one)
         frames = [[] for _ in streams]
         self.batches.clear()
-        for action in ("forward", "turn_left", "")[:chunks]:
-            self.last = self.engine.step([ChunkRequest(number, (action,)) for number in range(len(streams))])
+        for index in range(chunks):
+            actions = [ACTIONS[(index + one.seed) % len(ACTIONS)] for one in streams]
+            self.last = self.engine.step([ChunkRequest(number, (action,)) for number, action in enumerate(actions)])
             for mine, chunk in zip(frames, self.last, strict=True):
                 mine.append(chunk.frames)
         for number in range(len(streams)):
@@ -151,6 +153,12 @@ def test_changes_add_up_until_a_pass_is_made(reuse, warm_up):
     found = [passes.skips(feature) for feature in features]
     assert found == slow_decisions(features, 0.2, warm_up, len(features))
     assert 5 < sum(found) < 35
+
+
+@pytest.mark.parametrize(("change", "skips"), [(NEVER, False), (1e-9, True)])
+def test_an_input_that_does_not_change_at_all(change, skips):
+    passes, same = Passes(options("flowcache", change).attention, 5), torch.ones(1, 2, 7, 5)
+    assert [passes.skips(same) for _ in range(5)] == [False, skips, skips, skips, False]
 
 
 def test_teacache_looks_at_the_first_blocks_input(slow_world, monkeypatch):
