@@ -335,6 +335,11 @@ def test_budgets_of_service_are_those_of_the_policy(world):
     with pytest.raises(InvalidInput, match="budget_frames"):
         engine.open(1, "a maze", StreamOptions(attention=AttentionConfig(kind="flowcache", budget_frames=1)))
     engine.open(1, "a maze", StreamOptions(attention=AttentionConfig(kind="radial", budget_frames=1)))
+    engine.close(1)
+    engine.stream_bytes = 2 * engine.bytes_of(StreamOptions())
+    with pytest.raises(InvalidInput, match="budget_frames: got 4000; allowed: about"):
+        engine.open(1, "a maze", StreamOptions(attention=AttentionConfig(kind="flowcache", budget_frames=4000)))
+    engine.open(1, "a maze", StreamOptions(attention=AttentionConfig(kind="svg1", budget_frames=4000)))
 
 
 @pytest.mark.parametrize(
