@@ -115,25 +115,27 @@ def _main(settings: Settings, rows: Rows) -> list[str]:
     head = ["method", "PSNR (dB)", "SSIM", "LPIPS" if settings.lpips else "FLIP", "truth PSNR (dB)", "one chunk (dB)",
             "density %", "recall %", "FPS", "speed-up", "peak MB"]  # fmt: skip
     body = []
+    last = max((row["speed"]["frame"] for row in rows.values() if row["speed"]), default=0)
+    early = [name for name, row in rows.items() if row["speed"] and row["speed"]["frame"] < last]
     for name, row in rows.items():
         speed = row["speed"]
         pace = [NONE] * 3
         if speed:
             ratio = NONE if speed["speedup"] is None else f"{speed['speedup']:.1f}x"
-            late = "" if speed["speedup"] is None or speed["speedup_frame"] == speed["frame"] else "*"
-            pace = [f"{speed['fps']:.1f}{late}", ratio, f"{speed['peak_bytes'] / 1e6:.0f}"]
+            star = "" if speed["frame"] == last else "*"
+            pace = [f"{speed['fps']:.2f}{star}", f"{ratio}{star}", f"{speed['peak_bytes'] / 1e6:.0f}{star}"]
         third = row["lpips"] if settings.lpips else row["flip"]
         body.append([
             name, shown(row["psnr"]), shown(row["ssim"], 3), shown(third, 3), shown(row["truth_psnr"], 2),
             shown(row["chunk_psnr"]), shown(row["density"], 1, 100), shown(row["recall"], 1, 100), *pace,
         ])  # fmt: skip
-    last = max((row["speed"]["frame"] for row in rows.values() if row["speed"]), default=0)
     lines = [
         "PSNR, SSIM, FLIP (0 = equal): free rollouts against dense attention's; truth: against the game's frames under "
         "the same actions; one chunk: predicted from the same history, against dense attention's. Density: query-key "
         "pairs executed, recall: attention mass kept, mean over all layers and passes of those predictions. "
         + (f"FPS, speed-up over dense and peak memory of the process: with a history of {last} frames, one run each."
-           if last else ""),
+           if last else "")
+        + (" * With a shorter one: longer ones took too long, or memory." if early else ""),
         "",
         *table(head, body),
     ]  # fmt: skip

@@ -167,16 +167,19 @@ def speed(results: Results, policy: str) -> dict[str, Any] | None:
 
 
 def ahead(rows: dict[str, dict[str, Any]], of: str) -> list[str]:
-    """Policies with a higher PSNR than `of` that are no slower; needs both figures."""
+    """Policies with a higher PSNR than `of` that are no slower where both were timed last; needs both figures."""
     mine = rows.get(of, {})
     if not mine.get("psnr") or not mine.get("speed"):
         return []
-    return [
-        name
-        for name, row in rows.items()
-        if name != of and row.get("psnr") and row.get("speed")
-        and row["psnr"].mean > mine["psnr"].mean and row["speed"]["fps"] >= mine["speed"]["fps"]
-    ]  # fmt: skip
+    pace = {row["frame"]: row["fps"] for row in mine["speed"]["rows"]}
+    found = []
+    for name, row in rows.items():
+        if name == of or not row["psnr"] or not row["speed"] or row["psnr"].mean <= mine["psnr"].mean:
+            continue
+        shared = [point for point in row["speed"]["rows"] if point["frame"] in pace]
+        if shared and shared[-1]["fps"] >= pace[shared[-1]["frame"]]:
+            found.append(name)
+    return found
 
 
 def everything(results: Results) -> dict[str, dict[str, Any]]:
