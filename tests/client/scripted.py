@@ -38,6 +38,7 @@ class ScriptedServer:
     height: int = 16
     width: int = 24
     step_seconds: float = 0.0
+    delays: dict[int, float] = dataclasses.field(default_factory=dict)  # chunk number -> further seconds before it
     faults: dict[int, object] = dataclasses.field(default_factory=dict)
     extra_stats: dict[str, object] = dataclasses.field(default_factory=dict)
     ready: bool = True
@@ -85,7 +86,7 @@ class ScriptedServer:
                     continue
                 if self.gate:
                     await self.gate.acquire()
-                await asyncio.sleep(self.step_seconds)
+                await asyncio.sleep(self.step_seconds + self.delays.get(chunk, 0.0))
                 fault = self.faults.get(chunk)
                 if fault == self.hang:
                     await asyncio.Event().wait()
