@@ -22,7 +22,7 @@ LABEL, CAPTION = 130, 18
 
 
 def make(store: Store, settings: Settings, policies: list[str], folder: Path) -> list[tuple[str, str]]:
-    """Writes filmstrip.png and side_by_side.mp4 of the first scene; returns names and captions."""
+    """Writes filmstrip.jpg and side_by_side.mp4 of the first scene; returns names and captions."""
     videos: dict[str, np.ndarray] = {}
     for name in [*(n for n in STRIP if n in policies), *(n for n in policies if n not in STRIP)]:
         path = store.media(f"rollout-{name}")
@@ -35,9 +35,9 @@ def make(store: Store, settings: Settings, policies: list[str], folder: Path) ->
         return []
     scene = load(store.scenes, scene_name("walk", settings.scenarios[0], settings.seed))
     about = f"{scene.scenario or 'one scene'}, same prompt, actions and noise"
-    strip(dict(list(videos.items())[:ROWS]), folder / "filmstrip.png")
+    strip(dict(list(videos.items())[:ROWS]), folder / "filmstrip.jpg")
     film(dict(list(videos.items())[:TILES]), folder / "side_by_side.mp4")
-    return [("filmstrip.png", f"Filmstrips ({about}), frame numbers above."),
+    return [("filmstrip.jpg", f"Filmstrips ({about}), frame numbers above."),
             ("side_by_side.mp4", f"Side by side, as a video ({about}).")]  # fmt: skip
 
 
@@ -59,8 +59,7 @@ def strip(videos: dict[str, np.ndarray], path: Path) -> None:
             if time < len(video):
                 picture = Image.fromarray(video[time]).resize((wide, tall), Image.Resampling.BILINEAR)
                 sheet.paste(picture, (LABEL + column * (wide + 2), top))
-    # A palette makes a third of the size, and no difference that shows in a picture this small.
-    sheet.quantize(256, dither=Image.Dither.NONE).save(path, optimize=True)
+    sheet.save(path, quality=85, optimize=True)
 
 
 def film(videos: dict[str, np.ndarray], path: Path, fps: int = 12) -> None:

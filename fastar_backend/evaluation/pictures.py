@@ -69,7 +69,7 @@ def _speed(rows: Rows, results: Results, folder: Path) -> tuple[str, str] | None
         axis.set_xticks(ticks, [str(tick) for tick in ticks])
         axis.minorticks_off()
         low, high = axis.get_ylim()
-        nice = [t for e in range(-1, 6) for t in (10.0**e, 2 * 10.0**e, 5 * 10.0**e) if low <= t <= high]
+        nice = [t for e in range(-4, 6) for t in (10.0**e, 2 * 10.0**e, 5 * 10.0**e) if low <= t <= high]
         axis.set_yticks(nice, [f"{tick:g}" for tick in nice])
     figure.legend(*left.get_legend_handles_labels(), loc="outside right center", frameon=False, fontsize=8)
     return _save(figure, folder / "speed.png"), "Speed and memory by length of the history."
@@ -137,6 +137,8 @@ def _fidelity(rows: Rows, results: Results, folder: Path) -> tuple[str, str] | N
         axis.set(xlabel="frame of the rollout", ylabel=f"PSNR against {what} (dB)")
     if not drawn:
         return None
+    if others := [name for name in rows if name not in COLOURS]:
+        axes[0].plot([], [], color="#c7c7c7", label=f"{len(others)} others")
     handles = {label: handle for axis in axes for handle, label in zip(*axis.get_legend_handles_labels(), strict=True)}
     figure.legend(handles.values(), handles.keys(), loc="outside right center", frameon=False, fontsize=8)
     return _save(figure, folder / "fidelity.png"), "Free rollouts against dense attention's and against the game."

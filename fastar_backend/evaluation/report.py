@@ -9,6 +9,7 @@ from typing import Any
 
 from fastar_backend.errors import InvalidInput
 from fastar_backend.evaluation import film, pictures, tables
+from fastar_backend.evaluation.metrics import BEST
 from fastar_backend.evaluation.scenes import AWAY, BACK, CIRCLE
 from fastar_backend.evaluation.statistics import Estimate
 from fastar_backend.evaluation.store import Store
@@ -97,8 +98,8 @@ def markdown(settings: Settings, results: Results, rows: Rows, shown: list[tuple
     for section in (_horizons, _revisit, _following, _drift, _layers):
         lines += section(settings, rows)
     for name, caption in shown:
-        link = f"![{caption}]({images}/{name})" if name.endswith(".png") else f"[{caption}]({images}/{name})"
-        lines += [link, "", f"*{caption}*", ""] if name.endswith(".png") else [link, ""]
+        link = f"[{caption}]({images}/{name})"
+        lines += [link if name.endswith(".mp4") else f"!{link}\n\n*{caption}*", ""]
     return "\n".join(lines).rstrip() + "\n"
 
 
@@ -108,6 +109,9 @@ def table(head: list[str], rows: list[list[str]]) -> list[str]:
 
 
 def shown(value: Estimate | None, digits: int = 1, scale: float = 1.0) -> str:
+    """ "equal": no PSNR, for nothing differs."""
+    if value is not None and scale == 1.0 and value.mean >= BEST:
+        return "equal"
     return NONE if value is None else value.text(digits, scale)
 
 

@@ -29,7 +29,7 @@ from fastar_backend.errors import FastarError
 CHUNKS = 3  # timed at each mark, at most; the median counts
 START = 30.0  # seconds to load
 SECONDS = 4.0  # of timing at a mark: no further chunk after that (but at least one)
-PATIENCE = 30.0  # seconds a mark for a policy; what takes longer is not measured further on
+PATIENCE = 20.0  # seconds a mark for a policy; what takes longer is not measured further on
 
 
 def measure_speed(world: str, device: str, attention: AttentionConfig, marks: Sequence[int], threads: int | None

@@ -100,7 +100,7 @@ def test_dense_attention_keeps_everything(done):
 
 
 def test_pictures_and_film(done):
-    for name in ("recall_density.png", "fidelity.png", "filmstrip.png", "side_by_side.mp4"):
+    for name in ("recall_density.png", "fidelity.png", "filmstrip.jpg", "side_by_side.mp4"):
         assert (done / "images" / name).stat().st_size > 1000
     import av
 
