@@ -1,0 +1,247 @@
+"""A fleet of servers under a day's demand: streams arrive, wait, live, and are moved when their pod goes.
+
+What is simplified: a stream that is moved pauses no longer than it waits for a slot, no pod fails, every pod that is
+asked for comes after the same time, and the autoscaler sees numbers that are `LAG` seconds old.
+"""
+
+from __future__ import annotations
+
+import collections
+import dataclasses
+import heapq
+import itertools
+import math
+import random
+
+import numpy as np
+
+from k8s.simulate.hpa import Hpa
+from k8s.simulate.manifest import Shipped
+
+TICK = 5.0  # seconds
+LAG = 30.0  # scrape, rules, KEDA
+RETRY = 10.0  # seconds until a refused client asks again
+WINDOW = 300.0  # of the rules' rate() and deriv()
+DAY = 86400.0
+
+
+@dataclasses.dataclass(frozen=True)
+class Demand:
+    """Streams arrive at random, at a rate that follows the day; at `crowd_at` it is suddenly `crowd` times as high."""
+
+    streams: float = 120.0  # live at once, mean of the day without the crowd
+    life: float = 600.0  # seconds that a stream lives, mean; exponential
+    swing: float = 0.6  # 1 +- swing between night and evening
+    crowd: float = 2.5
+    crowd_at: float = 14 * 3600.0
+    crowd_seconds: float = 1800.0
+    seconds: float = DAY
+
+    def rate(self, at: float) -> float:
+        """Arrivals a second. Least at 05:00, most at 17:00."""
+        day = 1 - self.swing * math.cos(2 * math.pi * (at / DAY - 5 / 24))
+        crowd = self.crowd if self.crowd_at <= at < self.crowd_at + self.crowd_seconds else 1.0
+        return self.streams / self.life * day * crowd
+
+
+@dataclasses.dataclass(frozen=True)
+class Placement:
+    """packed: a new stream goes to the fullest pod that has a slot, and the emptiest pod is removed first (the stream
+    controller). Else it goes to any pod, asks again after `RETRY` if that one is full, and the youngest pod is removed.
+    """
+
+    name: str
+    packed: bool
+
+
+PACKED = Placement("fullest pod first, emptiest pod removed first", True)
+RANDOM = Placement("any pod, youngest removed first", False)
+
+
+@dataclasses.dataclass
+class Run:
+    """What happened; one entry a tick, and one for each stream's wait."""
+
+    at: np.ndarray  # seconds
+    active: np.ndarray
+    waiting: np.ndarray
+    asked: np.ndarray  # pods that the autoscaler asks for
+    ready: np.ndarray  # pods
+    moved: np.ndarray  # streams moved in this tick
+    waits: np.ndarray  # seconds from arrival to a slot, of each stream that got one
+    slots: int
+
+    @property
+    def pod_hours(self) -> float:
+        return float(self.asked.sum() * TICK / 3600)
+
+    @property
+    def used(self) -> float:
+        """Share of the paid slots that held a stream."""
+        return float(self.active.sum() / (self.asked.sum() * self.slots))
+
+    def summary(self) -> dict[str, float]:
+        return {
+            "streams": float(len(self.waits)),
+            "most live at once": float(self.active.max()),
+            "most pods": float(self.asked.max()),
+            "pod hours": self.pod_hours,
+            "slots used": self.used,
+            "waited at all": float((self.waits > TICK).mean()),
+            "waited, seconds, p99": float(np.percentile(self.waits, 99)),
+            "waited, seconds, most": float(self.waits.max()),
+            "moved an hour": float(self.moved.sum() / (self.at[-1] / 3600)),
+        }
+
+
+class Pod:
+    __slots__ = ("ready_at", "streams")
+
+    def __init__(self, ready_at: float) -> None:
+        self.ready_at = ready_at
+        self.streams: set[int] = set()
+
+
+class Fleet:
+    """Pods and the streams on them; streams are numbers."""
+
+    def __init__(self, slots: int, pods: int, placement: Placement, seed: int) -> None:
+        self.slots, self.placement, self.random = slots, placement, random.Random(seed)
+        self.starting: list[Pod] = []  # by the time at which they are ready
+        self.ready: list[Pod] = [Pod(0.0) for _ in range(pods)]
+        self.where: dict[int, Pod] = {}
+        self.by_load = [set(self.ready), *(set() for _ in range(slots))]
+
+    def __len__(self) -> int:
+        return len(self.starting) + len(self.ready)
+
+    def place(self, stream: int) -> bool:
+        if self.placement.packed:
+            pod = next((next(iter(pods)) for pods in reversed(self.by_load[: self.slots]) if pods), None)
+        else:
+            pod = self.random.choice(self.ready) if self.ready else None
+        if pod is None or len(pod.streams) >= self.slots:
+            return False
+        self._load(pod, pod.streams | {stream})
+        self.where[stream] = pod
+        return True
+
+    def end(self, stream: int) -> None:
+        pod = self.where.pop(stream)
+        self._load(pod, pod.streams - {stream})
+
+    def scale(self, wanted: int, now: float, start_seconds: float) -> list[int]:
+        """Returns the streams that lost their pod."""
+        while len(self) < wanted:
+            self.starting.append(Pod(now + start_seconds))
+        lost: list[int] = []
+        while len(self) > wanted:
+            if self.starting:  # a ReplicaSet removes pods that are not ready first
+                self.starting.pop()
+                continue
+            if self.placement.packed:
+                pod = next(next(iter(pods)) for pods in self.by_load if pods)
+            else:
+                pod = max(self.ready, key=lambda pod: pod.ready_at)
+            lost += pod.streams
+            self.ready.remove(pod)
+            self.by_load[len(pod.streams)].discard(pod)
+        for stream in lost:
+            del self.where[stream]
+        return lost
+
+    def arrive(self, now: float) -> None:
+        """Pods that have started take streams."""
+        while self.starting and self.starting[0].ready_at <= now:
+            pod = self.starting.pop(0)
+            self.ready.append(pod)
+            self.by_load[0].add(pod)
+
+    def _load(self, pod: Pod, streams: set[int]) -> None:
+        self.by_load[len(pod.streams)].discard(pod)
+        pod.streams = streams
+        self.by_load[len(streams)].add(pod)
+
+
+class Signal:
+    """`fastar:slots_wanted` of base/rules.yaml. buffer: False leaves its slots_buffer out."""
+
+    def __init__(self, slots: int, start_seconds: float, buffer: bool) -> None:
+        self.slots, self.start_seconds, self.buffer = slots, start_seconds, buffer
+        self.kept = int(WINDOW / TICK)
+        self.opened: collections.deque[int] = collections.deque(maxlen=self.kept)
+        self.active: collections.deque[int] = collections.deque(maxlen=self.kept)
+        self.values: collections.deque[float] = collections.deque(maxlen=int(LAG / TICK) + 1)
+
+    def see(self, opened: int, active: int, waiting: int) -> None:
+        """One tick: streams admitted in it, and what there is at its end."""
+        self.opened.append(opened)
+        self.active.append(active)
+        rate = sum(self.opened) / (len(self.opened) * TICK)
+        trend = max(slope(self.active) / TICK, 0.0)
+        arriving = 2 * math.sqrt(rate * self.start_seconds) + trend * self.start_seconds
+        self.values.append(active + waiting + (max(self.slots, arriving) if self.buffer else 0.0))
+
+    @property
+    def value(self) -> float:
+        """As the autoscaler sees it."""
+        return self.values[0]
+
+
+def slope(values: collections.deque[int]) -> float:
+    """Least squares, per step."""
+    count = len(values)
+    if count < 2:
+        return 0.0
+    steps = np.arange(count) - (count - 1) / 2
+    return float(steps @ np.fromiter(values, float, count) / (steps @ steps))
+
+
+def simulate(shipped: Shipped, demand: Demand, placement: Placement, seed: int = 0, buffer: bool = True) -> Run:
+    """A day under the shipped autoscaler. Deterministic in its arguments; arrivals depend on the seed alone."""
+    generator = np.random.default_rng(seed)
+    start = max(shipped.smallest, math.ceil(1.2 * demand.rate(0.0) * demand.life / shipped.slots))
+    fleet = Fleet(shipped.slots, min(start, shipped.largest), placement, seed)
+    hpa = Hpa(shipped.behavior, shipped.target, shipped.smallest, shipped.largest)
+    signal, numbers = Signal(shipped.slots, shipped.start_seconds, buffer), itertools.count()
+    wanted, next_sync = len(fleet), WINDOW  # the rules need their window first
+    ends: list[tuple[float, int]] = []
+    queue: list[tuple[float, int, float, float]] = []  # asks next at, stream, arrived at, life; moved ones: arrived -1
+    rows: list[tuple[float, int, int, int, int, int]] = []
+    waits: list[float] = []
+    lives: dict[int, float] = {}  # when it ends
+    for now in np.arange(0.0, demand.seconds, TICK).tolist():
+        while ends and ends[0][0] <= now:
+            _, stream = heapq.heappop(ends)
+            if stream in fleet.where:
+                fleet.end(stream)
+                del lives[stream]
+        fleet.arrive(now)
+        for _ in range(generator.poisson(demand.rate(now) * TICK)):
+            heapq.heappush(queue, (now, next(numbers), now, generator.exponential(demand.life)))
+        moved = 0
+        if now >= next_sync:
+            next_sync += shipped.sync_seconds
+            wanted = hpa.decide(now, signal.value, wanted)
+            lost = fleet.scale(wanted, now, shipped.start_seconds)
+            moved = len(lost)
+            for stream in lost:
+                heapq.heappush(queue, (now, stream, -1.0, max(lives.pop(stream) - now, TICK)))
+        opened, refused = 0, []
+        while queue and queue[0][0] <= now:
+            _, stream, arrived, life = heapq.heappop(queue)
+            if not fleet.place(stream):
+                again = now + (TICK if placement.packed else RETRY)
+                refused.append((again, stream, arrived, life))
+                continue
+            opened += 1
+            if arrived >= 0:
+                waits.append(now - arrived)
+            lives[stream] = now + life
+            heapq.heappush(ends, (now + life, stream))
+        for item in refused:
+            heapq.heappush(queue, item)
+        signal.see(opened, len(fleet.where), len(queue))
+        rows.append((now, len(fleet.where), len(queue), wanted, len(fleet.ready), moved))
+    columns = [np.array(column) for column in zip(*rows, strict=True)]
+    return Run(*columns, waits=np.array(waits), slots=shipped.slots)
