@@ -43,7 +43,8 @@ def plan(scenario: Scenario, seed: int) -> list[PlannedStream]:
     `scenario` must name actions and prompts (see `Scenario.in_world`). Shares of the streams are kept to the nearest
     whole number: of 20 streams a `disconnect_share` of .1 breaks exactly two.
     """
-    draw = {name: random.Random(f"{seed}:{name}") for name in ("arrivals", "sessions", "roles", "starts", "controls")}
+    names = ("arrivals", "sessions", "roles", "prompts", "actions", "seeds", "controls")
+    draw = {name: random.Random(f"{seed}:{name}") for name in names}
     arrivals: list[float] = []
     begin = 0.0
     for phase in scenario.phases:
@@ -56,18 +57,17 @@ def plan(scenario: Scenario, seed: int) -> list[PlannedStream]:
         seconds = draw["sessions"].uniform(*scenario.session_seconds)
         if number in breaking:
             seconds *= draw["roles"].uniform(0.5, 1.0)
-        starts, own = draw["starts"], random.Random(draw["controls"].getrandbits(64))
         streams.append(
             PlannedStream(
                 number,
                 at,
                 seconds,
-                starts.choice(scenario.prompts),
-                starts.choice(scenario.actions),
-                starts.getrandbits(31),
+                draw["prompts"].choice(scenario.prompts),
+                draw["actions"].choice(scenario.actions),
+                draw["seeds"].getrandbits(31),
                 number in breaking,
                 scenario.slow_factor if number in slow else None,
-                controls_of(scenario, seconds, own),
+                controls_of(scenario, seconds, draw["controls"].getrandbits(64)),
             )
         )
     return streams
@@ -93,13 +93,13 @@ def roles(count: int, scenario: Scenario, draw: random.Random) -> tuple[set[int]
     return set(chosen[:breaking]), set(chosen[breaking:])
 
 
-def controls_of(scenario: Scenario, seconds: float, draw: random.Random) -> tuple[PlannedControl, ...]:
+def controls_of(scenario: Scenario, seconds: float, seed: int) -> tuple[PlannedControl, ...]:
     controls = []
     for kind, pause, values in (
         ("action", scenario.action_seconds, scenario.actions),
         ("prompt", scenario.prompt_seconds, scenario.prompts),
     ):
-        at = 0.0
+        draw, at = random.Random(f"{seed}:{kind}"), 0.0
         while pause is not None and (at := at + draw.uniform(*pause)) < seconds:
             controls.append(PlannedControl(at, kind, draw.choice(values)))
     return tuple(sorted(controls, key=lambda control: control.at))

@@ -121,17 +121,18 @@ def draw_latency(axes: Any, records: list[StreamRecord], each: list[StreamFigure
         axes.axhline(level, color=GREY, linewidth=0.8, linestyle=":")
     axes.set(title="chunk latency", xlabel="milliseconds", ylabel="share of chunks", ylim=(0, 1.02), xlim=(0, None))
     if axes.get_legend_handles_labels()[0]:
-        axes.legend(loc="lower right", framealpha=0.9)
+        axes.legend(loc="upper center", bbox_to_anchor=(0.5, -0.14), ncols=2, frameon=False)
 
 
 def draw_waits(axes: Any, records: list[StreamRecord], each: list[StreamFigures]) -> None:
     """A bar for each stream: waiting for its first chunk, playing, stalled."""
     used: dict[str, str] = {}
+    shortest = max((record.ended for record in records), default=0.0) / 1000  # that can be seen
 
     def bars(color: str, label: str, row: int, spans: list[tuple[float, float]]) -> None:
         if spans:
             used[label] = color
-            axes.broken_barh([(begin, max(length, 0.05)) for begin, length in spans], (row - 0.4, 0.8), color=color)
+            axes.broken_barh([(begin, max(length, shortest)) for begin, length in spans], (row - 0.4, 0.8), color=color)
 
     for row, (record, own) in enumerate(zip(records, each, strict=True)):
         begin = record.first

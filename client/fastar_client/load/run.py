@@ -106,7 +106,8 @@ class Runner:
         """Streams that run end, as interrupted; those that have not arrived never do."""
         self._stopped.set()
         for session in self._sessions:
-            session.reschedule(time.monotonic())
+            with contextlib.suppress(RuntimeError):  # its time has just come
+                session.reschedule(time.monotonic())
 
     async def run(self, streams: list[PlannedStream]) -> None:
         """Returns when the last has ended."""
@@ -168,7 +169,7 @@ class Runner:
                     if planned.slow_factor is not None:
                         await asyncio.sleep(planned.slow_factor * len(chunk.frames) / self.scenario.fps)
         except TimeoutError:
-            early = self.now() < planned.leaves
+            early = self._stopped.is_set() and self.now() < planned.leaves
             self._end(record, INTERRUPTED if early else DISCONNECTED if planned.disconnects else COMPLETED)
         finally:
             self._sessions.discard(session)
