@@ -57,11 +57,12 @@ def evaluate(
     if context.invoked_subcommand:
         return
     from fastar_backend.evaluation.metrics import check_packages
-    from fastar_backend.evaluation.report import write
+    from fastar_backend.evaluation.report import check_docs, write
     from fastar_backend.evaluation.runner import run
     from fastar_backend.evaluation.store import Store
 
     check_packages()
+    check_docs(docs)
     given = {"frames": frames, "seeds": seeds, "scenarios": scenarios}
     sizes = sizes_of(suite, given)
     chosen = parts_of(parts, sizes.parts)

@@ -30,8 +30,7 @@ def write(store: Store, docs: Path | None) -> list[Path]:
         raise InvalidInput(
             "DIR", f"{store.folder} holds no finished unit", "the --out folder of a run of `fastar eval`"
         )
-    if docs is not None and docs.suffix != ".md":
-        raise InvalidInput("--docs", f"got {docs}", "the name of a Markdown file, *.md")
+    check_docs(docs)
     results = Results(units.values(), policies)
     rows = tables.everything(results)
     images = store.folder / "images"
@@ -45,11 +44,18 @@ def write(store: Store, docs: Path | None) -> list[Path]:
     written = [figures, text, *(images / name for name, _ in shown)]
     if docs is not None:
         folder = docs.parent / "images" / docs.stem
+        folder.parent.mkdir(parents=True, exist_ok=True)
         shutil.rmtree(folder, ignore_errors=True)
         shutil.copytree(images, folder)
         docs.write_text(markdown(settings, results, rows, shown, f"images/{docs.stem}"))
         written.append(docs)
     return written
+
+
+def check_docs(docs: Path | None) -> None:
+    """Raises InvalidInput."""
+    if docs is not None and docs.suffix != ".md":
+        raise InvalidInput("--docs", f"got {docs}", "the name of a Markdown file, *.md")
 
 
 def as_json(settings: Settings, results: Results, rows: Rows) -> dict[str, Any]:

@@ -6,10 +6,12 @@ from __future__ import annotations
 import contextlib
 import multiprocessing
 import os
+import signal
 import threading
 import time
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import FIRST_COMPLETED, Future, ProcessPoolExecutor, wait
+from concurrent.futures.process import BrokenProcessPool
 from pathlib import Path
 from typing import Any
 
@@ -127,7 +129,7 @@ def measure(lab: Lab, unit: Unit) -> dict[str, Any]:
 
 def in_processes(stages: list[list[Unit]], workers: int, job: tuple) -> Iterator[tuple[Unit, dict[str, Any]]]:
     """Results as they come; a stage begins when the one before it has ended. One thread a process: two of them make
-    half as many chunks again as one with two threads, and no bit depends on how many there are."""
+    half as many chunks again as one with two threads, and no bit depends on how many there are. Raises FastarError."""
     pool = ProcessPoolExecutor(workers, multiprocessing.get_context("spawn"), _prepare, job)
     try:
         for stage in stages:
@@ -135,13 +137,16 @@ def in_processes(stages: list[list[Unit]], workers: int, job: tuple) -> Iterator
             while waiting:
                 for future in wait(waiting, return_when=FIRST_COMPLETED).done:
                     yield waiting.pop(future), future.result()
+    except BrokenProcessPool:
+        raise FastarError("--workers: a process died (memory?); allowed: fewer of them, and --resume") from None
     finally:
         pool.shutdown(wait=True, cancel_futures=True)
 
 
 def _prepare(folder: Path, settings: Settings, policies: dict[str, AttentionConfig], lpips: Path | None) -> None:
-    """In a worker process."""
+    """In a worker process. Ctrl-C ends it at once: the unit is made again by --resume."""
     global _lab
+    signal.signal(signal.SIGINT, lambda *_: os._exit(130))
     threading.Thread(target=_end_with, args=(os.getppid(),), daemon=True).start()
     torch.set_num_threads(1)
     engine = StreamEngine.load(settings.world, settings.device)

@@ -33,6 +33,7 @@ def run(monkeypatch, capsys, *arguments: object) -> tuple[int, str, str]:
         (("--budget", 1), "--budget"),
         (("--parts", "speed,sped"), "--parts: unknown part 'sped'; allowed: all, or some of rollout, forced,"),
         (("--workers", 0), "--workers: got 0; allowed: 1 or more"),
+        (("--docs", "report.html"), "--docs: got report.html; allowed: the name of a Markdown file, *.md"),
         (("--device", "tpu"), "--device: got 'tpu'; allowed: auto, cpu, cuda"),
         (("--lpips-weights", "none.pth"), "--lpips-weights: none.pth: No such file or directory; allowed: "),
         (("report", "nowhere"), "DIR: nowhere/settings.json is not there; allowed: the --out folder"),
