@@ -7,7 +7,7 @@ import math
 
 from k8s.simulate.manifest import Shipped
 
-# One NVIDIA H200, Wan2.1-1.3B's shape at 480x832, six latent frames of cache, TAEHV (README.md): streams -> FPS of each.
+# One NVIDIA H200, Wan2.1-1.3B's shape at 480x832, six latent frames of cache, TAEHV: FPS of each (README.md).
 FPS = {1: 41.2, 2: 20.6, 3: 13.6, 4: 10.1}
 CHUNK_FRAMES = 12
 SNAPSHOT_BYTES = 3.5e9  # of one drained stream
@@ -53,7 +53,7 @@ class Plan:
 def table(shipped: Shipped, life: float, fps: float, snapshot_chunks: int) -> str:
     """Markdown, for fleets of 20 to 10,000 streams."""
     lines = [
-        "| live streams | pods (GPUs) | spare slots | streams opened a second | snapshots, GB/s | store, TB | upgrade, one by one |",
+        "| live streams | pods (GPUs) | spare slots | opened a second | snapshots, GB/s | store, TB | upgrade, in turn |",
         "|---|---|---|---|---|---|---|",
     ]
     for streams in (20, 100, 500, 2000, 10_000):

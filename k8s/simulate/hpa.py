@@ -1,7 +1,7 @@
 """How a HorizontalPodAutoscaler decides, with one external metric and an AverageValue target.
 
-After the Kubernetes controller (autoscaling/v2, pkg/controller/podautoscaler): the proposal is ceil(metric / target), or no
-change within the tolerance; the stabilisation windows hold back what was not proposed throughout; the policies
+After the Kubernetes controller (autoscaling/v2, pkg/controller/podautoscaler): the proposal is ceil(metric / target),
+or no change within the tolerance; the stabilisation windows hold back what was not proposed throughout; the policies
 limit the change against the number of pods at the start of their period.
 """
 

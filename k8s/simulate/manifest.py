@@ -52,7 +52,7 @@ def render(folder: Path) -> list[dict[str, Any]]:
     done = subprocess.run([kubectl(), "kustomize", str(folder)], capture_output=True, text=True, timeout=60)
     if done.returncode:
         raise ManifestError(f"{folder}: {done.stderr.strip()}")
-    return list(yaml.safe_load_all(done.stdout))
+    return list(yaml.load_all(done.stdout, yaml.CSafeLoader))
 
 
 def one(objects: list[dict[str, Any]], kind: str, name: str) -> dict[str, Any]:

@@ -5,6 +5,7 @@
 
 from __future__ import annotations
 
+import functools
 import json
 import re
 from collections.abc import Callable, Iterator
@@ -32,7 +33,7 @@ VIEWERS = {  # calls that may pass the gateway
     "/inference.GRPCInferenceService/ModelReady",
     "/grpc.health.v1.Health/Check",
 }
-FLOW_NAMES = "or and unless by on ignoring without group_left group_right bool offset".split()
+OPERATORS = {"or", "and", "unless", "bool", "offset"}
 
 
 def rule(function: Rule) -> Rule:
@@ -42,7 +43,8 @@ def rule(function: Rule) -> Rule:
 
 def problems(objects: list[Object]) -> dict[str, list[str]]:
     """Name of the rule -> what it found; rules that found nothing are left out."""
-    found = {name: list(check(Fleet(objects))) for name, check in RULES.items()}
+    fleet = Fleet(objects)
+    found = {name: list(check(fleet)) for name, check in RULES.items()}
     return {name: texts for name, texts in found.items() if texts}
 
 
@@ -91,16 +93,17 @@ class Fleet:
                 return item["data"][file]
         raise KeyError(name)
 
+    @functools.cached_property
     def envoy(self) -> Object:
-        return yaml.safe_load(self.file("gateway-envoy", "envoy.yaml"))
+        return yaml.load(self.file("gateway-envoy", "envoy.yaml"), yaml.CSafeLoader)
 
     def listener(self, name: str) -> Object:
         """Its HTTP connection manager."""
-        (found,) = [item for item in self.envoy()["static_resources"]["listeners"] if item["name"] == name]
+        (found,) = [item for item in self.envoy["static_resources"]["listeners"] if item["name"] == name]
         return found["filter_chains"][0]["filters"][0]["typed_config"]
 
     def cluster(self, name: str) -> Object:
-        (found,) = [item for item in self.envoy()["static_resources"]["clusters"] if item["name"] == name]
+        (found,) = [item for item in self.envoy["static_resources"]["clusters"] if item["name"] == name]
         return found
 
     def rules(self) -> Iterator[Object]:
@@ -223,7 +226,11 @@ def gpus_are_whole(fleet: Fleet) -> Iterator[str]:
 def probes_are_right(fleet: Fleet) -> Iterator[str]:
     """Not live = killed, so only what a restart cures; ready = answers, not: has room."""
     server = fleet.server()
-    paths = {"startupProbe": "/v2/health/ready", "readinessProbe": "/v2/health/ready", "livenessProbe": "/v2/health/live"}
+    paths = {
+        "startupProbe": "/v2/health/ready",
+        "readinessProbe": "/v2/health/ready",
+        "livenessProbe": "/v2/health/live",
+    }
     for kind, path in paths.items():
         found = server.get(kind, {}).get("httpGet", {})
         if found.get("path") != path:
@@ -312,12 +319,18 @@ def weights_are_read_only(fleet: Fleet) -> Iterator[str]:
             yield f"triton: {mount['mountPath']} is writable"
 
 
+@functools.cache
+def serve_options() -> tuple[set[str], set[str]]:
+    """Flags and environment variables of `fastar serve`."""
+    parameters = typer.main.get_command(app).commands["serve"].params
+    flags = {flag for parameter in parameters for flag in (*parameter.opts, *parameter.secondary_opts)}
+    return flags, {parameter.envvar for parameter in parameters if parameter.envvar}
+
+
 @rule
 def server_understands_its_settings(fleet: Fleet) -> Iterator[str]:
     """Flags, variables and limits are those of `fastar serve`."""
-    parameters = typer.main.get_command(app).commands["serve"].params
-    flags = {flag for parameter in parameters for flag in (*parameter.opts, *parameter.secondary_opts)}
-    known = {parameter.envvar for parameter in parameters if getattr(parameter, "envvar", None)}
+    flags, known = serve_options()
     server = fleet.server()
     yield from (f"triton: {a} is no flag" for a in server["args"] if a.startswith("-") and a.split("=")[0] not in flags)
     given = variables(server)
@@ -468,7 +481,7 @@ def peers(fleet: Fleet, entry: Object, side: str) -> set[str]:
 
 
 def allowed(fleet: Fleet, pod: str, direction: str, peer: str, port: str) -> bool:
-    """Whether a policy lets `pod` talk to, or hear from, `peer`. port: a name on the pod that is called, or a number."""
+    """Whether a policy lets `pod` talk to, or hear from, `peer`. port: as the policy names it."""
     side = "from" if direction == "ingress" else "to"
     for item in fleet.of("NetworkPolicy"):
         selects = pod in [name for name, _ in fleet.selected(item["spec"]["podSelector"].get("matchLabels", {}))]
@@ -527,7 +540,10 @@ def one_autoscaler_with_sane_bounds(fleet: Fleet) -> Iterator[str]:
         yield f"{len(scalers)} autoscalers: they would fight, or nobody scales"
     for item in scalers:
         spec, target = item["spec"], item["spec"]["scaleTargetRef"]
-        least, most = spec.get("minReplicaCount", spec.get("minReplicas", 0)), spec.get("maxReplicaCount", spec.get("maxReplicas"))
+        least, most = (
+            spec.get("minReplicaCount", spec.get("minReplicas", 0)),
+            spec.get("maxReplicaCount", spec.get("maxReplicas")),
+        )
         if not 2 <= least < most:
             yield f"{item['kind']}: {least} to {most} pods; at least 2, and room to grow, are needed"
         if not fleet.has(target["kind"], target["name"]):
@@ -541,7 +557,7 @@ def one_autoscaler_with_sane_bounds(fleet: Fleet) -> Iterator[str]:
 
 @rule
 def scaling_is_not_rash(fleet: Fleet) -> Iterator[str]:
-    """Windows up to 3600 s, periods up to 1800 s (the API server's limits, not in the schema); up at once, down slowly."""
+    """Windows up to 3600 s, periods up to 1800 s (the API server's limits); up at once, down slowly."""
     for behaviour in fleet.behaviours():
         up, down = behaviour["scaleUp"], behaviour["scaleDown"]
         for fields in (up, down):
@@ -581,7 +597,7 @@ def names_in(query: str) -> set[str]:
     bare = re.sub(r'"[^"]*"|\{[^}]*\}|\[[^\]]*\]', " ", query)
     bare = re.sub(r"\b(by|on|ignoring|without|group_left|group_right)\s*\([^)]*\)", " ", bare)
     found = re.findall(r"[a-zA-Z_:][a-zA-Z0-9_:]*(?!\s*\(|[a-zA-Z0-9_:])", bare)
-    return {name for name in found if name not in FLOW_NAMES}
+    return {name for name in found if name not in OPERATORS}
 
 
 @rule
@@ -655,7 +671,10 @@ def gateway_never_times_out(fleet: Fleet) -> Iterator[str]:
 def gateway_notices_the_dead(fleet: Fleet) -> Iterator[str]:
     options = fleet.cluster("triton").get("typed_extension_protocol_options", {})
     upstream = next(iter(options.values()), {}).get("explicit_http_config", {}).get("http2_protocol_options", {})
-    for side, found in (("viewers", fleet.listener("streams").get("http2_protocol_options", {})), ("servers", upstream)):
+    for side, found in (
+        ("viewers", fleet.listener("streams").get("http2_protocol_options", {})),
+        ("servers", upstream),
+    ):
         alive = found.get("connection_keepalive", {})
         if not 5 < seconds(alive.get("interval", "0s")) <= 60 or not seconds(alive.get("timeout", "0s")):
             yield f"Envoy: no keepalive towards {side}, or more often than Triton suffers (5 s)"
@@ -684,7 +703,7 @@ def gateway_goes_by_pin_then_hash(fleet: Fleet) -> Iterator[str]:
 
 @rule
 def gateway_is_no_back_door(fleet: Fleet) -> Iterator[str]:
-    if fleet.envoy()["admin"]["address"]["socket_address"]["address"] != "127.0.0.1":
+    if fleet.envoy["admin"]["address"]["socket_address"]["address"] != "127.0.0.1":
         yield "Envoy: its admin port can stop it, and is open"
     for name, paths in (("streams", VIEWERS), ("status", {"/ready", "/stats/prometheus"})):
         for route in routes(fleet.listener(name)):
