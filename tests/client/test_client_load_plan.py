@@ -44,7 +44,7 @@ def test_the_same_seed_makes_the_same_plan():
 
 def test_a_choice_changes_nothing_but_itself():
     first = plan(scenario(), 3)
-    for changed in ({"prompts": ("x",)}, {"actions": ("x",)}, {"prompt_seconds": None}, {"slow_share": 1.0}):
+    for changed in ({"prompts": ("x",)}, {"actions": ("x",)}, {"action_seconds": None}, {"slow_share": 1.0}):
         other = plan(scenario(**changed), 3)
         assert [(s.at, s.seconds, s.seed) for s in other] == [(s.at, s.seconds, s.seed) for s in first]
         assert other != first
