@@ -3,11 +3,6 @@
 from __future__ import annotations
 
 import json
-import os
-import signal
-import subprocess
-import sys
-import time
 from pathlib import Path
 
 import numpy as np
@@ -116,31 +111,6 @@ def test_report_again_with_docs(done, tmp_path):
     links = [part.split(")")[0] for part in text.split("](")[1:]]
     assert len(links) == 4
     assert all((tmp_path / link).exists() and link.startswith("images/evaluation/") for link in links)
-
-
-def test_a_killed_run_goes_on(gameworld, done, tmp_path):
-    out = tmp_path / "killed"
-    arguments = ["--world", gameworld, "--policies", POLICIES, "--budget", "6", "--workers", "1", "--out", out]
-    code = (
-        "import sys; from fastar_backend.evaluation import suites; from fastar_backend import cli\n"
-        f"suites.SUITES['quick'] = suites.Suite.model_validate_json({SMALL.model_dump_json()!r})\n"
-        "cli.main()"
-    )
-    with subprocess.Popen([sys.executable, "-c", code, "eval", *map(str, arguments)], env=os.environ) as process:
-        lines, until = out / "units.jsonl", time.monotonic() + 60
-        while time.monotonic() < until and not (lines.exists() and lines.read_bytes().count(b"\n") >= 3):
-            time.sleep(0.002)
-        process.send_signal(signal.SIGKILL)
-    kept = lines.read_text()
-    assert 3 <= kept.count("\n") < 15, "it was to be killed midway"
-    lines.write_text(kept + '{"key": "torn')
-    with pytest.raises(InvalidInput, match="--out: .* holds results; allowed: --resume"):
-        fastar(*arguments)
-    fastar(*arguments, "--resume")
-    assert lines.read_text().startswith(kept)
-    keys = [json.loads(line)["key"] for line in lines.read_text().splitlines()]
-    assert len(keys) == len(set(keys)), "what was done is not done again"
-    assert report(out) == report(done)
 
 
 def test_another_setting_does_not_go_on(gameworld, done, tmp_path):
