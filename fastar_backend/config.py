@@ -151,6 +151,9 @@ class AttentionConfig(Config):
     overflow: Literal["fold", "drop"] = (
         "fold"  # of tokens and groups beyond the budget: into the nearest group, or lost
     )
+    # What folding adds to the group's count: as much as keeps the attention mass that the loser had (measured, over
+    # the chunk's queries), at most its own count; or its count (the log-count law, of keys that are not equal).
+    fold_weight: Literal["mass", "count"] = "mass"
     index: Literal["exact", "lsh", "quantised"] = "quantised"
     index_bits: int = Field(8, ge=1, le=16)  # LSH: sign bits a table
     index_tables: int = Field(4, ge=1, le=32)

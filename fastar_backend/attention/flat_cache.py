@@ -26,7 +26,7 @@ from fastar_backend.attention import guard
 from fastar_backend.attention.cache import CacheShape
 from fastar_backend.attention.flat_select import select
 from fastar_backend.attention.layers import CacheStats
-from fastar_backend.attention.temp_cache import USAGE_DECAY
+from fastar_backend.attention.temp_cache import TINY, USAGE_DECAY
 from fastar_backend.config import AttentionConfig
 from fastar_backend.kernels import ops
 from fastar_backend.model.layers import time_turns
@@ -225,6 +225,8 @@ class FlatCaches:
         if self.config.overflow == "fold":
             target = ops.nearest(loser.code, held.code, first)[1]
             lost &= target >= 0
+            if self.config.fold_weight == "mass":
+                loser = _weighed(loser, held, target.clamp(min=0).long())
             ops.merge(held, torch.where(lost, target, slots), loser, renew=False)
             gone = gone + lost.sum()
         self.merged += gone / len(self.keys)
@@ -329,6 +331,14 @@ class FlatLayer:
         fresh = mass[:, rows].clone()
         usage.lerp_(mass, 1 - USAGE_DECAY)
         usage[:, rows] = fresh
+
+
+def _weighed(loser: ops.Groups, held: ops.Groups, target: Tensor) -> ops.Groups:
+    """Losers that count for as much as gives their group the attention mass they had, at most for what they counted."""
+    theirs = held.usage.gather(1, target).clamp(min=TINY)
+    weight = torch.minimum(loser.count, held.count.gather(1, target) * loser.usage / theirs)
+    value = loser.value * (weight / loser.count)[..., None].to(loser.value.dtype)
+    return dataclasses.replace(loser, value=value, count=weight)
 
 
 def _rows(x: Tensor, index: Tensor) -> Tensor:

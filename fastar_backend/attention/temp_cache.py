@@ -9,7 +9,8 @@ log-count law fails).
 
 The budget is hard. When it is full, the groups with the least attention mass (a running mean over chunks) give way to
 newcomers with more. Whoever loses is folded into its nearest group, whatever the distance (`overflow="fold"`): the
-group's count and mean value grow, its key stays. So the memory keeps the softmax's long tail instead of losing it.
+group's count and mean value grow, its key stays. So the memory keeps the softmax's long tail instead of losing it. The
+loser's key is another than the group's, so it counts for as much as gives the group the mass that the loser had.
 Sinks and the newest frames are never merged nor dropped.
 """
 
@@ -27,6 +28,7 @@ from fastar_backend.attention.sparse_cache import SparseCache
 from fastar_backend.config import AttentionConfig
 
 USAGE_DECAY = 0.95  # per chunk, of the running attention mass that decides who stays
+TINY = 1e-12  # of usage: less is nothing
 USAGE_STRIDE = 6  # one query in so many measures it
 
 
@@ -224,8 +226,10 @@ class TempCache(SparseCache):
         target = ann.nearest(entry, self.index, self.count > 0, self.config)
         heads, entries = (lost & (target >= 0)).nonzero(as_tuple=True)
         flat = heads * slots + target[heads, entries]
-        plus = count[heads, entries]
-        old = self.count.flatten()
+        plus, old = count[heads, entries], self.count.flatten()
+        if self.config.fold_weight == "mass":
+            theirs = self.usage[:, :slots].reshape(-1)[flat].clamp(min=TINY)
+            plus = torch.minimum(plus, old[flat] * usage[heads, entries] / theirs)
         total = old.index_add(0, flat, plus)
         held = torch.where(old > 0, old, 1.0)[:, None] * self.values[:, :slots].flatten(0, 1).float()
         mean = held.index_add_(0, flat, plus[:, None] * values[heads, entries].float()) / total.clamp(min=1)[:, None]
