@@ -53,7 +53,7 @@ class Plan:
 def table(shipped: Shipped, life: float, fps: float, snapshot_chunks: int) -> str:
     """Markdown, for fleets of 20 to 10,000 streams."""
     lines = [
-        "| live streams | pods (GPUs) | spare slots | opened a second | snapshots, GB/s | store, TB | upgrade, in turn |",
+        "| live streams | pods (GPUs) | spare slots | opened a second | snapshots, GB/s | store, TB | upgrade |",
         "|---|---|---|---|---|---|---|",
     ]
     for streams in (20, 100, 500, 2000, 10_000):

@@ -1,0 +1,96 @@
+"""The shipped gateway, run here: the servers' addresses and the ports are other ones, the rest is what ships."""
+
+from __future__ import annotations
+
+import contextlib
+import socket
+import subprocess
+import sys
+import time
+import urllib.error
+import urllib.request
+from collections.abc import Iterator
+from pathlib import Path
+
+import yaml
+from rendered import rendered
+
+from k8s.simulate.manifest import one
+
+BIN = Path(sys.executable).parent
+
+
+def free_ports(count: int) -> list[int]:
+    with contextlib.ExitStack() as held:
+        sockets = [held.enter_context(socket.socket()) for _ in range(count)]
+        for one_socket in sockets:
+            one_socket.bind(("127.0.0.1", 0))
+        return [one_socket.getsockname()[1] for one_socket in sockets]
+
+
+class Gateway:
+    def __init__(self, grpc: int, status: int) -> None:
+        self.url, self.status = f"127.0.0.1:{grpc}", f"http://127.0.0.1:{status}"
+
+    def get(self, path: str) -> str:
+        with urllib.request.urlopen(f"{self.status}{path}", timeout=5) as reply:
+            return reply.read().decode()
+
+    def healthy(self) -> int:
+        """Servers that it takes for well; -1: it does not answer."""
+        with contextlib.suppress(urllib.error.URLError, ConnectionError):
+            for line in self.get("/stats/prometheus").splitlines():
+                if line.startswith('envoy_cluster_membership_healthy{envoy_cluster_name="triton"}'):
+                    return int(line.split()[-1])
+        return -1
+
+    def wait_for(self, servers: int, timeout: float = 15.0) -> None:
+        deadline = time.monotonic() + timeout
+        while (found := self.healthy()) != servers:
+            assert time.monotonic() < deadline, f"{found} healthy servers, not {servers}"
+            time.sleep(0.1)
+
+
+@contextlib.contextmanager
+def gateway(folder: Path, servers: list[int]) -> Iterator[Gateway]:
+    """In front of the servers at these ports of 127.0.0.1; looks at them every half second."""
+    grpc, status, admin = free_ports(3)
+    config = yaml.safe_load(one(rendered("prod-h100"), "ConfigMap", "gateway-envoy")["data"]["envoy.yaml"])
+    listeners, clusters = config["static_resources"]["listeners"], config["static_resources"]["clusters"]
+    config["admin"]["address"]["socket_address"]["port_value"] = admin
+    for listener, port in zip(listeners, (grpc, status), strict=True):
+        listener["address"]["socket_address"] = {"address": "127.0.0.1", "port_value": port}
+    where = [
+        [{"address": "127.0.0.1", "port_value": port} for port in servers],
+        [{"address": "127.0.0.1", "port_value": admin}],
+    ]
+    for cluster, addresses in zip(clusters, where, strict=True):
+        cluster["type"] = "STATIC"
+        endpoints = [{"endpoint": {"address": {"socket_address": address}}} for address in addresses]
+        cluster["load_assignment"]["endpoints"] = [{"lb_endpoints": endpoints}]
+    check = clusters[0]["health_checks"][0]
+    check |= {"interval": "0.5s", "no_traffic_interval": "0.5s", "timeout": "0.4s", "unhealthy_threshold": 2}
+    clusters[0]["health_checks"] = [check]
+    file = folder / "envoy.yaml"
+    file.write_text(yaml.safe_dump(config))
+    command = [
+        BIN / "envoy",
+        "--config-path",
+        file,
+        "--concurrency",
+        "1",
+        "--log-level",
+        "error",
+        "--use-dynamic-base-id",
+    ]
+    with (folder / "envoy.log").open("w") as log:
+        process = subprocess.Popen(command, stdout=log, stderr=log)
+    try:
+        yield Gateway(grpc, status)
+    finally:
+        process.terminate()
+        try:
+            process.wait(10)
+        except subprocess.TimeoutExpired:
+            process.kill()
+            process.wait()

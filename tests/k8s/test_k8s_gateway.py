@@ -1,0 +1,134 @@
+"""The gateway that ships, as a real Envoy in front of three small gRPC servers: who gets which stream."""
+
+from __future__ import annotations
+
+import collections
+import concurrent.futures
+import contextlib
+import secrets
+import urllib.error
+import urllib.request
+
+import grpc
+import policy
+import pytest
+from running_envoy import gateway
+
+STREAM = "/inference.GRPCInferenceService/ModelStreamInfer"
+SERVING = b"\x08\x01"  # grpc.health.v1.HealthCheckResponse
+
+
+class Server:
+    """Answers each message of a stream with its own name; and is healthy."""
+
+    def __init__(self, name: str) -> None:
+        self.name = name
+        self.server = grpc.server(concurrent.futures.ThreadPoolExecutor(16))
+        streams = {"ModelStreamInfer": grpc.stream_stream_rpc_method_handler(self.answer)}
+        health = {"Check": grpc.unary_unary_rpc_method_handler(lambda request, context: SERVING)}
+        self.server.add_generic_rpc_handlers(
+            (
+                grpc.method_handlers_generic_handler("inference.GRPCInferenceService", streams),
+                grpc.method_handlers_generic_handler("grpc.health.v1.Health", health),
+            )
+        )
+        self.port = self.server.add_insecure_port("127.0.0.1:0")
+        self.server.start()
+
+    def answer(self, messages, context):
+        for _ in messages:
+            yield self.name.encode()
+
+    def stop(self) -> None:
+        self.server.stop(None).wait()
+
+
+@pytest.fixture(scope="module")
+def servers():
+    servers = [Server(f"triton-{index}") for index in range(3)]
+    yield servers
+    for server in servers:
+        server.stop()
+
+
+@pytest.fixture(scope="module")
+def running(servers, tmp_path_factory):
+    with gateway(tmp_path_factory.mktemp("envoy"), [server.port for server in servers]) as running:
+        running.wait_for(3)
+        yield running
+
+
+@pytest.fixture(scope="module")
+def channel(running):
+    with grpc.insecure_channel(running.url) as channel:
+        yield channel
+
+
+def ask(channel: grpc.Channel, **headers: str) -> tuple[str, str]:
+    """One short stream -> name of its server; the pin that came back, "" where it is the one that was sent."""
+    metadata = [(f"x-fastar-{name}", value) for name, value in headers.items()]
+    call = channel.stream_stream(STREAM)(iter([b"1", b"2"]), metadata=metadata, timeout=10)
+    answers = {answer.decode() for answer in call}
+    assert len(answers) == 1, "one call, one server"
+    return answers.pop(), dict(call.initial_metadata()).get("x-fastar-pod", "")
+
+
+def test_a_stream_comes_back_to_its_server(channel):
+    streams = [secrets.token_hex(8) for _ in range(60)]
+    first = {stream: ask(channel, stream=stream)[0] for stream in streams}
+    assert all(ask(channel, stream=stream)[0] == first[stream] for stream in streams)
+    assert min(collections.Counter(first.values()).values()) >= 8, "and the servers share the work"
+    assert len(set(first.values())) == 3
+
+
+def test_a_pin_comes_before_the_hash(channel):
+    stream = secrets.token_hex(8)
+    hashed, _ = ask(channel, stream=stream)
+    pins = {}
+    while len(pins) < 3:
+        name, pin = ask(channel, stream=secrets.token_hex(8))
+        pins[name] = pin
+    for name, pin in pins.items():
+        assert ask(channel, stream=stream, pod=pin) == (name, "")
+    assert ask(channel, stream=stream)[0] == hashed
+
+
+@pytest.mark.parametrize("pin", ["MTAuMC4wLjE6ODAwMQ==", "not base64 at all", "MTI3LjAuMC4xOjIy"])
+def test_a_pin_to_no_server_falls_back(channel, pin):
+    """Also: nobody reaches an address of his choice through the gateway (the last one is 127.0.0.1:22)."""
+    stream = secrets.token_hex(8)
+    assert ask(channel, stream=stream, pod=pin)[0] == ask(channel, stream=stream)[0]
+
+
+@pytest.mark.parametrize("method", ["RepositoryModelLoad", "SystemSharedMemoryRegister", "ModelInfer", "TraceSetting"])
+def test_viewers_reach_no_more_than_they_need(channel, method):
+    with pytest.raises(grpc.RpcError) as refused:
+        channel.unary_unary(f"/inference.GRPCInferenceService/{method}")(b"", timeout=10)
+    assert refused.value.code() == grpc.StatusCode.UNIMPLEMENTED
+
+
+def test_the_status_port_shows_metrics_and_no_more(running):
+    text = running.get("/stats/prometheus")
+    assert not [name for name in policy.ENVOY if f"\n{name}{{" not in text]
+    running.get("/ready")
+    for path in ("/quitquitquit", "/config_dump"):
+        with pytest.raises(urllib.error.HTTPError, match="404"):
+            urllib.request.urlopen(urllib.request.Request(f"{running.status}{path}", method="POST"), timeout=5)
+
+
+def test_a_lost_server_moves_its_streams_and_no_others(running, channel, servers):
+    """Last: it takes a server away."""
+    streams = [secrets.token_hex(8) for _ in range(90)]
+    before = {stream: ask(channel, stream=stream) for stream in streams}
+    lost = servers[0]
+    lost.stop()
+    running.wait_for(2)
+    with contextlib.suppress(grpc.RpcError):
+        ask(channel)  # a connection that was still in the pool
+    after = {stream: ask(channel, stream=stream)[0] for stream in streams}
+    others = [stream for stream in streams if before[stream][0] != lost.name]
+    assert others
+    assert sum(after[stream] != before[stream][0] for stream in others) <= 1  # MAGLEV: very few, RING_HASH: more
+    assert lost.name not in after.values()
+    stream = next(stream for stream in streams if before[stream][0] == lost.name)
+    assert ask(channel, stream=stream, pod=before[stream][1])[0] == after[stream], "a pin to it falls back"
