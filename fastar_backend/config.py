@@ -160,6 +160,7 @@ class AttentionConfig(Config):
     # AnnSA: share of cached keys that a block of queries attends to; 1 = off
     sparse_density: float = Field(1.0, gt=0, le=1)
     sparse_block: int = Field(48, ge=1, le=4096)  # queries that share one selection
+    sparse_order: Literal["place", "bucket"] = "place"  # those near each other in the picture, or of like content
     dense_steps: float = Field(0.3, ge=0, le=1)  # first share of the denoising steps that stays dense
     # The quality guard: AnnSA's recall is sampled in every chunk (observe); the density is moved so that it stays above
     # the floor, and not far above (hold; sparse_density is then where that begins).
@@ -179,7 +180,7 @@ class AttentionConfig(Config):
         return cls(
             budget_frames=budget_frames, recent_frames=chunk_frames, merge_threshold=0.9, representative="last",
             weight="count", match="query", overflow="drop", index="quantised", sparse_density=0.28, dense_steps=0.3,
-            select_text=True,
+            sparse_order="bucket", fold_weight="count", select_text=True,
         )  # fmt: skip
 
     @model_validator(mode="after")

@@ -1,7 +1,8 @@
 """AnnSA: each block of queries attends only to the keys nearest to it (paper, section on approximate self-attention).
 
-Queries are ordered by their LSH signature, so that a block holds queries of like content; each block takes the keys
-with the most neighbours in it, a fixed share of the cache. The chunk's own keys are always attended to."""
+A block holds queries that are near each other in the picture (ours: it keeps more), or of one LSH signature, hence of
+like content (the paper's buckets). Each block takes the keys with the most neighbours in it, a fixed share of the
+cache. The chunk's own keys are always attended to."""
 
 from __future__ import annotations
 
@@ -39,19 +40,27 @@ def scores(query: Tensor, keys: Tensor, config: AttentionConfig) -> Tensor:
     return query @ keys.transpose(1, 2) * query.shape[-1] ** -0.5
 
 
-def select(query: Tensor, keys: Tensor, bias: Tensor | None, config: AttentionConfig) -> Selection:
+def ordered(query: Tensor, places: Tensor | None, config: AttentionConfig) -> Tensor:
+    """Numbers of the queries [heads, n, dim], block after block: [heads, n]. places: [n] (`cache.by_place`), or None:
+    by content."""
+    if places is not None and config.sparse_order == "place":
+        return places.expand(len(query), -1)
+    return ann.signatures(query, 1, config.index_bits)[..., 0].argsort(dim=-1, stable=True)
+
+
+def select(query: Tensor, keys: Tensor, bias: Tensor | None, config: AttentionConfig, places: Tensor | None = None,
+           ) -> Selection:  # fmt: skip
     """query: [heads, n, dim]; keys: [heads, m, dim]; bias: [heads, m] or None (-inf: never taken unless nothing else
-    is)."""
+    is); places: as `ordered` takes them."""
     heads, queries, _ = query.shape
     blocks = max(1, queries // config.sparse_block)
     while queries % blocks:  # equal blocks: the nearest smaller number of them
         blocks -= 1
-    order = ann.signatures(query, 1, config.index_bits)[..., 0].argsort(dim=-1, stable=True)
+    order = ordered(query, places, config)
     near = scores(query, keys, config)
     if config.index != "lsh":
         near = (near if bias is None else near + bias[:, None]).softmax(-1)
-    ordered = near.gather(1, order[..., None].expand_as(near))
-    of_block = ordered.unflatten(1, (blocks, -1)).sum(2)
+    of_block = near.gather(1, order[..., None].expand_as(near)).unflatten(1, (blocks, -1)).sum(2)
     if bias is not None:
         of_block = of_block.masked_fill(bias[:, None] == -torch.inf, -1.0)
     count = math.ceil(config.sparse_density * keys.shape[1])

@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import copy
 import dataclasses
+import functools
 from typing import Any, Self
 
 import torch
@@ -36,6 +37,7 @@ class CacheShape:
     rope_theta: float
     device: torch.device
     dtype: torch.dtype
+    columns: int = 0  # tokens in a row of the frame; 0: not known, one row
 
     @property
     def chunk_tokens(self) -> int:
@@ -53,6 +55,19 @@ class CacheShape:
             ops.turn(flat[0], (positions + span).int(), turns.real.contiguous(), turns.imag.contiguous(), 1, flat[1])
             return out
         return rotate_time(x, positions, self.rope_split[0], self.rope_theta, span)
+
+
+@functools.lru_cache(maxsize=8)
+def by_place(shape: CacheShape) -> Tensor:
+    """The chunk's tokens [chunk tokens] along a Z-order curve over the frame, all frames of a place together: any
+    stretch of them is a compact patch of the picture."""
+    token = torch.arange(shape.frame_tokens)
+    columns = shape.columns or shape.frame_tokens
+    row, column, code = token // columns, token % columns, torch.zeros_like(token)
+    for bit in range(16):
+        code |= (column >> bit & 1) << 2 * bit | (row >> bit & 1) << 2 * bit + 1
+    frames = torch.arange(shape.chunk_frames) * shape.frame_tokens
+    return (code.argsort()[:, None] + frames).flatten().to(shape.device)
 
 
 class FrameCache:

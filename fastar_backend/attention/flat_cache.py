@@ -23,7 +23,7 @@ import torch
 from torch import Tensor
 
 from fastar_backend.attention import guard
-from fastar_backend.attention.cache import CacheShape
+from fastar_backend.attention.cache import CacheShape, by_place
 from fastar_backend.attention.flat_select import select
 from fastar_backend.attention.layers import CacheStats
 from fastar_backend.attention.temp_cache import TINY, USAGE_DECAY
@@ -299,7 +299,7 @@ class FlatLayer:
         stop, config = caches.stop, caches.config
         sparse = config.kind == "fastar" and config.sparse_density < 1 and progress >= config.dense_steps
         if sparse and self.selection is None and (caches.times or caches.slots):
-            self.selection = select(turned, keys, count, rows, stop, config)
+            self.selection = select(turned, keys, count, rows, stop, config, by_place(shape))
         chosen = self.selection if sparse else None
         lse = torch.empty(shape.heads, len(query), device=query.device) if write and chosen is None else None
         first = caches.first[heads]

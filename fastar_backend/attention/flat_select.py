@@ -8,22 +8,23 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from fastar_backend.attention import ann
+from fastar_backend.attention import ann_sa
 from fastar_backend.config import AttentionConfig
 from fastar_backend.kernels import ops
 
 
 def select(query: Tensor, keys: Tensor, count: Tensor, own: slice, stop: int, config: AttentionConfig,
-           ) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
+           places: Tensor) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
     """query: [tokens, heads, dim], turned; keys: [heads, rows, dim]; count: [heads, rows], 0 where there is no key;
-    own: rows of the chunk, always visited. Returns order, counts, blocks as `ops.attend` takes them.
+    own: rows of the chunk, always visited; places: [tokens] (`cache.by_place`). Returns order, counts, blocks as
+    `ops.attend` takes them.
 
-    Queries are ordered by signature, so that a block holds queries of like content. A key block is worth what its best
-    key is to the block's mean query; each query block takes the share `sparse_density` of the held key blocks."""
+    Queries are ordered as in `ann_sa`. A key block is worth what its best key is to the block's mean query; each query
+    block takes the share `sparse_density` of the held key blocks."""
     tokens, heads, dim = query.shape
     rows = ops.sparse_tiles(query.dtype).queries
     x = query.transpose(0, 1)
-    order = ann.signatures(x, 1, config.index_bits)[..., 0].argsort(dim=-1, stable=True)
+    order = ann_sa.ordered(x, places, config).contiguous()
     padding = -tokens % rows
     ordered = F.pad(x.gather(1, order[..., None].expand_as(x)), (0, 0, 0, padding)).unflatten(1, (-1, rows))
     weight = torch.full((ordered.shape[1], 1), float(rows), device=x.device)

@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from fastar_backend.attention import ann_sa, guard
-from fastar_backend.attention.cache import CacheShape, FrameCache
+from fastar_backend.attention.cache import CacheShape, FrameCache, by_place
 from fastar_backend.config import AttentionConfig
 
 
@@ -32,7 +32,7 @@ class SparseCache(FrameCache):
         keys, values = self.view(key, value)
         if self.selection is None:  # once a chunk: later passes see nearly the same queries
             bias = None if self.bias is None else self.bias[:, : self.tokens]
-            self.selection = ann_sa.select(query, keys[:, : self.tokens], bias, config)
+            self.selection = ann_sa.select(query, keys[:, : self.tokens], bias, config, by_place(self.shape))
         self.count_pairs(query.shape[1], self.selection.keys_per_block + key.shape[1])
         out = ann_sa.attend(query, keys, values, self.bias, self.selection)
         if progress >= 1 and self.sample is not None:

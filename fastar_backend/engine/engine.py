@@ -56,7 +56,7 @@ class StreamEngine:
         self.device, self.dtype = weight.device, weight.dtype
         self.shape = CacheShape(
             model.heads, model.head_dim, model.frame_tokens, sampler.latent_frames_per_chunk, model.rope_max_distance,
-            model.rope_split, model.rope_theta, self.device, self.dtype,
+            model.rope_split, model.rope_theta, self.device, self.dtype, model.grid[1],
         )  # fmt: skip
         self.latent_shape = (
             sampler.latent_frames_per_chunk, model.latent_channels, model.latent_height, model.latent_width,

@@ -7,7 +7,7 @@ import torch
 from random_streams import distance, drive, shape_of, tokens
 
 from fastar_backend.attention import TextCache, ann, ann_sa
-from fastar_backend.attention.cache import attention
+from fastar_backend.attention.cache import CacheShape, attention, by_place
 from fastar_backend.config import AttentionConfig
 
 
@@ -142,6 +142,50 @@ def test_sparse_selection_leaves_empty_slots_out(index):
     bias[:, ::2] = -torch.inf
     config = AttentionConfig(index=index, sparse_density=0.5, sparse_block=7)
     assert (ann_sa.select(query, keys, bias, config).keys % 2 == 1).all()
+
+
+@pytest.mark.parametrize(("tokens", "columns", "frames"), [(12, 4, 2), (35, 7, 3), (9, 0, 1)])
+def test_order_by_place(tokens, columns, frames):
+    shape = CacheShape(2, 16, tokens, frames, 4, (6, 6, 4), 1e4, torch.device("cpu"), torch.float32, columns)
+    order = by_place(shape)
+    assert order.sort().values.equal(torch.arange(tokens * frames))
+    place = (order % tokens).unflatten(0, (tokens, frames))
+    assert (place == place[:, :1]).all(), "all frames of a place stand together"
+    if columns:
+        row, column = place[:, 0] // columns, place[:, 0] % columns
+        for first in range(0, tokens - 3):  # the Z-curve's cells of 2 x 2 places
+            if (
+                row[first] % 2 == column[first] % 2 == 0
+                and row[first] + 1 < tokens // columns
+                and (column[first] + 1 < columns)
+            ):
+                cell = slice(first, first + 4)
+                assert row[cell].max() - row[cell].min() == column[cell].max() - column[cell].min() == 1
+
+
+def test_blocks_of_places_find_what_their_part_of_the_picture_needs():
+    """Keys belong to the left or to the right half of the picture; queries attend to their own half's."""
+    torch.manual_seed(8)
+    shape = CacheShape(3, 16, 32, 1, 4, (6, 6, 4), 1e4, torch.device("cpu"), torch.float32, 8)
+    side = torch.arange(32) % 8 // 4
+    directions = torch.randn(2, 16)
+    query = 4 * directions[side] + torch.randn(3, 32, 16)
+    of_key = torch.arange(40) % 2
+    keys = directions[of_key] + 0.1 * torch.randn(3, 40, 16)
+    config = AttentionConfig(sparse_density=0.5, sparse_block=16)
+    selection = ann_sa.select(query, keys, None, config, by_place(shape))
+    assert selection.blocks == 2
+    for head in range(3):
+        for block in range(2):
+            mine = side[selection.order[head, block * 16 : block * 16 + 16]]
+            if len(mine.unique()) == 1:
+                assert (of_key[selection.keys[head, block]] == mine[0]).all()
+    whole = ann_sa.select(query, keys, None, config.model_copy(update={"sparse_density": 1.0}), by_place(shape))
+    everything = torch.cat([keys, query], 1)
+    out = ann_sa.attend(query, everything, everything, None, whole)
+    assert distance(out, attention(query, everything, everything, None)) < 1e-6
+    bucket = ann_sa.select(query, keys, None, config.model_copy(update={"sparse_order": "bucket"}), by_place(shape))
+    assert not bucket.order.equal(selection.order)
 
 
 def test_sparse_attention_starts_after_the_dense_steps():
