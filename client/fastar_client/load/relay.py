@@ -12,10 +12,6 @@ import socket
 import struct
 from typing import Self
 
-from tritonclient.grpc.aio import InferenceServerClient
-
-from fastar_client.transport import CHANNEL, GrpcTransport, TlsFiles
-
 
 class Relay:
     """Passes bytes between connections to `url` (on 127.0.0.1) and the server at `target` ("host:port"), until `drop`.
@@ -77,16 +73,3 @@ def reset(writer: asyncio.StreamWriter) -> None:
         connection = writer.get_extra_info("socket")
         connection.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, struct.pack("ii", 1, 0))
     writer.transport.abort()
-
-
-class RelayedTransport(GrpcTransport):
-    """gRPC to `relay`, with TLS as if it went to `relay.host` itself."""
-
-    def __init__(self, relay: Relay, tls: bool | TlsFiles = False) -> None:
-        super().__init__(relay.url, tls)
-        self._relay = relay
-
-    def _new_client(self) -> InferenceServerClient:
-        relay = self._relay
-        names = [("grpc.ssl_target_name_override", relay.host), ("grpc.default_authority", relay.target)]
-        return InferenceServerClient(self.url, creds=self._credentials, channel_args=[*CHANNEL, *names])

@@ -8,7 +8,6 @@ import dataclasses
 import math
 import time
 from collections.abc import Callable
-from typing import Any
 
 from fastar_client.controls import Receipt
 from fastar_client.errors import FastarError, InvalidArgument, ResourceExhausted
@@ -25,8 +24,9 @@ from fastar_client.load.record import (
     ControlTime,
     StreamRecord,
 )
-from fastar_client.load.relay import Relay, RelayedTransport
+from fastar_client.load.relay import Relay
 from fastar_client.load.scenario import Scenario
+from fastar_client.load.viewer import ViewerTransport
 from fastar_client.protocol import Chunk, StreamOptions, World
 from fastar_client.session import Connection, connect
 from fastar_client.stream import Stream
@@ -49,11 +49,13 @@ class Target:
     def connection(self, relay: Relay | None = None, seconds: float = math.inf) -> Connection:
         """relay: through it, and then without taking up again what is lost; seconds: the most to connect in. Raises
         InvalidArgument."""
-        within = min(self.connect_timeout, seconds)
-        options: dict[str, Any] = {"timeout": self.timeout, "connect_timeout": within, "tenant": self.tenant}
-        if relay is not None:
-            return connect(**options, reconnect_seconds=0, transport=RelayedTransport(relay, self.tls))
-        return connect(self.url, **options, reconnect_seconds=self.reconnect_seconds, tls=self.tls)
+        return connect(
+            timeout=self.timeout,
+            connect_timeout=min(self.connect_timeout, seconds),
+            reconnect_seconds=self.reconnect_seconds if relay is None else 0,
+            tenant=self.tenant,
+            transport=ViewerTransport(self.url, self.tls, relay),
+        )
 
 
 @dataclasses.dataclass(frozen=True)
