@@ -54,12 +54,15 @@ def main() -> None:
     parser.add_argument("--streams", type=float, default=Demand.streams, help="live at once, mean (%(default)g)")
     parser.add_argument("--life", type=float, default=Demand.life, help="seconds of a stream, mean (%(default)g)")
     parser.add_argument("--crowd", type=float, default=Demand.crowd, help="of the flash crowd (%(default)g)")
+    parser.add_argument("--largest", type=int, help="another maxReplicaCount than what ships")
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--compare", action="store_true", help="other policies beside the shipped one")
     parser.add_argument("--out", type=Path, default=ROOT / "images" / "day.png", help="(%(default)s)")
     arguments = parser.parse_args()
     objects = render(ROOT / "overlays" / arguments.overlay)
     shipped = Shipped.of(objects)
+    if arguments.largest:
+        shipped = dataclasses.replace(shipped, largest=arguments.largest)
     demand = Demand(streams=arguments.streams, life=arguments.life, crowd=arguments.crowd)
     runs = {placement.name: simulate(shipped, demand, placement, arguments.seed) for placement in (PACKED, RANDOM)}
     for name, run in runs.items():

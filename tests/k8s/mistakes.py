@@ -547,6 +547,16 @@ MISTAKES = [
         "gateway_goes_by_pin_then_hash",
         envoy(lambda c: manager(c)["http_filters"][0]["typed_config"].update(strict=True)),
     ),
+    Mistake(
+        "new streams go to any pod, full or not",
+        "gateway_goes_by_pin_then_hash",
+        envoy(lambda c: c["static_resources"]["clusters"][1].update(lb_policy="RANDOM")),
+    ),
+    Mistake(
+        "the hash comes after what has none",
+        "gateway_goes_by_pin_then_hash",
+        envoy(lambda c: manager(c)["route_config"]["virtual_hosts"][0]["routes"].reverse()),
+    ),
     Mistake("nothing is hashed", "gateway_goes_by_pin_then_hash", envoy(lambda c: route(c).pop("hash_policy"))),
     Mistake(
         "the admin port is open",

@@ -33,6 +33,7 @@ VIEWERS = {  # calls that may pass the gateway
     "/inference.GRPCInferenceService/ModelReady",
     "/grpc.health.v1.Health/Check",
 }
+CLUSTERS = ("triton", "triton-any")  # of Envoy: the servers, by two ways to choose one
 OPERATORS = {"or", "and", "unless", "bool", "offset"}
 
 
@@ -662,28 +663,31 @@ def gateway_never_times_out(fleet: Fleet) -> Iterator[str]:
             yield f"Envoy: {name} ends streams"
     if "max_stream_duration" in manager.get("common_http_protocol_options", {}):
         yield "Envoy: max_stream_duration ends streams"
-    route = next(r["route"] for r in routes(manager) if r["match"].get("path", "").endswith("/ModelStreamInfer"))
-    if route.get("timeout") != "0s" or route.get("idle_timeout") != "0s":
-        yield "Envoy: the stream's route has a time-out (15 s, if none is given)"
+    for route in stream_routes(manager):
+        if route["route"].get("timeout") != "0s" or route["route"].get("idle_timeout") != "0s":
+            yield "Envoy: a stream's route has a time-out (15 s, if none is given)"
 
 
 @rule
 def gateway_notices_the_dead(fleet: Fleet) -> Iterator[str]:
-    options = fleet.cluster("triton").get("typed_extension_protocol_options", {})
-    upstream = next(iter(options.values()), {}).get("explicit_http_config", {}).get("http2_protocol_options", {})
-    for side, found in (
-        ("viewers", fleet.listener("streams").get("http2_protocol_options", {})),
-        ("servers", upstream),
-    ):
+    sides = {"viewers": fleet.listener("streams").get("http2_protocol_options", {})}
+    for name in CLUSTERS:
+        options = fleet.cluster(name).get("typed_extension_protocol_options", {})
+        sides[name] = next(iter(options.values()), {}).get("explicit_http_config", {}).get("http2_protocol_options", {})
+        if not fleet.cluster(name).get("health_checks"):
+            yield f"Envoy: {name} is not checked"
+    for side, found in sides.items():
         alive = found.get("connection_keepalive", {})
         if not 5 < seconds(alive.get("interval", "0s")) <= 60 or not seconds(alive.get("timeout", "0s")):
             yield f"Envoy: no keepalive towards {side}, or more often than Triton suffers (5 s)"
-    if not fleet.cluster("triton").get("health_checks"):
-        yield "Envoy: servers are not checked"
 
 
 def routes(manager: Object) -> list[Object]:
     return [route for host in manager["route_config"]["virtual_hosts"] for route in host["routes"]]
+
+
+def stream_routes(manager: Object) -> list[Object]:
+    return [route for route in routes(manager) if route["match"].get("path", "").endswith("/ModelStreamInfer")]
 
 
 @rule
@@ -694,11 +698,15 @@ def gateway_goes_by_pin_then_hash(fleet: Fleet) -> Iterator[str]:
         yield "Envoy: the pin is not looked at first"
     elif manager["http_filters"][0]["typed_config"].get("strict"):
         yield "Envoy: a pin to a pod that is gone fails instead of falling back"
-    if fleet.cluster("triton").get("lb_policy") != "MAGLEV":
+    first, *others = stream_routes(manager)
+    if first["match"].get("headers") != [{"name": "x-fastar-stream", "present_match": True}]:
+        yield "Envoy: calls with a stream's id do not come first"
+    if first["route"].get("hash_policy") != [{"header": {"header_name": "x-fastar-stream"}}]:
+        yield "Envoy: a stream's id is not hashed"
+    if fleet.cluster(first["route"]["cluster"]).get("lb_policy") != "MAGLEV":
         yield "Envoy: not MAGLEV: streams would be moved when pods come and go"
-    for route in routes(manager):
-        if route["match"].get("path", "").endswith("/ModelStreamInfer") and "hash_policy" not in route["route"]:
-            yield "Envoy: nothing is hashed"
+    if [fleet.cluster(route["route"]["cluster"]).get("lb_policy") for route in others] != ["LEAST_REQUEST"]:
+        yield "Envoy: calls without an id meet full pods"
 
 
 @rule
@@ -713,11 +721,13 @@ def gateway_is_no_back_door(fleet: Fleet) -> Iterator[str]:
 
 @rule
 def gateway_finds_the_servers(fleet: Fleet) -> Iterator[str]:
-    cluster = fleet.cluster("triton")
-    address = cluster["load_assignment"]["endpoints"][0]["lb_endpoints"][0]["endpoint"]["address"]["socket_address"]
     ports = {s["metadata"]["name"]: [p["port"] for p in s["spec"]["ports"]] for s in fleet.of("Service")}
-    if cluster["type"] != "STRICT_DNS" or address["port_value"] not in ports.get(address["address"], []):
-        yield f"Envoy: {cluster['type']} {address['address']}:{address['port_value']} does not name every pod"
+    for name in CLUSTERS:
+        cluster = fleet.cluster(name)
+        endpoint = cluster["load_assignment"]["endpoints"][0]["lb_endpoints"][0]["endpoint"]
+        address = endpoint["address"]["socket_address"]
+        if cluster["type"] != "STRICT_DNS" or address["port_value"] not in ports.get(address["address"], []):
+            yield f"Envoy: {cluster['type']} {address['address']}:{address['port_value']} does not name every pod"
 
 
 @rule

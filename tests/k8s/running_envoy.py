@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import re
 import socket
 import subprocess
 import sys
@@ -37,11 +38,15 @@ class Gateway:
             return reply.read().decode()
 
     def healthy(self) -> int:
-        """Servers that it takes for well; -1: it does not answer."""
+        """Servers that both of its clusters take for well; -1: it does not answer."""
         with contextlib.suppress(urllib.error.URLError, ConnectionError):
-            for line in self.get("/stats/prometheus").splitlines():
-                if line.startswith('envoy_cluster_membership_healthy{envoy_cluster_name="triton"}'):
-                    return int(line.split()[-1])
+            found = re.findall(
+                r'^envoy_cluster_membership_healthy\{envoy_cluster_name="triton.*"\} (\d+)',
+                self.get("/stats/prometheus"),
+                re.MULTILINE,
+            )
+            if len(set(found)) == 1:
+                return int(found[0])
         return -1
 
     def wait_for(self, servers: int, timeout: float = 15.0) -> None:
@@ -60,17 +65,15 @@ def gateway(folder: Path, servers: list[int]) -> Iterator[Gateway]:
     config["admin"]["address"]["socket_address"]["port_value"] = admin
     for listener, port in zip(listeners, (grpc, status), strict=True):
         listener["address"]["socket_address"] = {"address": "127.0.0.1", "port_value": port}
-    where = [
-        [{"address": "127.0.0.1", "port_value": port} for port in servers],
-        [{"address": "127.0.0.1", "port_value": admin}],
-    ]
-    for cluster, addresses in zip(clusters, where, strict=True):
+    for cluster in clusters:
+        ports = [admin] if cluster["name"] == "admin" else servers
+        addresses = [{"socket_address": {"address": "127.0.0.1", "port_value": port}} for port in ports]
+        endpoints = [{"endpoint": {"address": address}} for address in addresses]
         cluster["type"] = "STATIC"
-        endpoints = [{"endpoint": {"address": {"socket_address": address}}} for address in addresses]
         cluster["load_assignment"]["endpoints"] = [{"lb_endpoints": endpoints}]
-    check = clusters[0]["health_checks"][0]
-    check |= {"interval": "0.5s", "no_traffic_interval": "0.5s", "timeout": "0.4s", "unhealthy_threshold": 2}
-    clusters[0]["health_checks"] = [check]
+        if "health_checks" in cluster:
+            check = {"interval": "0.5s", "no_traffic_interval": "0.5s", "timeout": "0.4s", "unhealthy_threshold": 2}
+            cluster["health_checks"] = [cluster["health_checks"][0] | check]
     file = folder / "envoy.yaml"
     file.write_text(yaml.safe_dump(config))
     command = [

@@ -6,6 +6,7 @@ import collections
 import concurrent.futures
 import contextlib
 import secrets
+import threading
 import urllib.error
 import urllib.request
 
@@ -81,6 +82,25 @@ def test_a_stream_comes_back_to_its_server(channel):
     assert len(set(first.values())) == 3
 
 
+def test_calls_without_an_id_go_where_there_is_room(channel):
+    """Twelve live streams at a time, on three servers: four each."""
+    stop, calls = threading.Event(), []
+
+    def messages():
+        yield b"1"
+        stop.wait(20)
+
+    try:
+        for _ in range(12):
+            calls.append(channel.stream_stream(STREAM)(messages(), timeout=30))
+            calls[-1].name = next(calls[-1]).decode()  # it is there before the next one comes
+        assert collections.Counter(call.name for call in calls) == {f"triton-{index}": 4 for index in range(3)}
+    finally:
+        stop.set()
+        for call in calls:
+            list(call)
+
+
 def test_a_pin_comes_before_the_hash(channel):
     stream = secrets.token_hex(8)
     hashed, _ = ask(channel, stream=stream)
@@ -89,6 +109,7 @@ def test_a_pin_comes_before_the_hash(channel):
         name, pin = ask(channel, stream=secrets.token_hex(8))
         pins[name] = pin
     for name, pin in pins.items():
+        assert ask(channel, pod=pin) == (name, "")
         assert ask(channel, stream=stream, pod=pin) == (name, "")
     assert ask(channel, stream=stream)[0] == hashed
 

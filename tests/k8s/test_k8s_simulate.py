@@ -1,0 +1,204 @@
+"""The simulated autoscaler against a log of the real one; the simulated fleet against what must hold for any."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import math
+from pathlib import Path
+
+import numpy as np
+import pytest
+from rendered import rendered
+
+from k8s.simulate import capacity
+from k8s.simulate.fleet import PACKED, RANDOM, TICK, Demand, Fleet, Signal, simulate, slope
+from k8s.simulate.hpa import Behavior, Hpa, Policy, Rules
+from k8s.simulate.manifest import ManifestError, Shipped, behavior_of, constant, limits
+from k8s.simulate.plot import draw
+
+LOG = json.loads(Path(__file__).with_name("hpa_log.json").read_text())
+SHORT = Demand(streams=60.0, seconds=4 * 3600.0, crowd_at=2 * 3600.0)
+
+
+@pytest.fixture(scope="module")
+def shipped() -> Shipped:
+    return Shipped.of(rendered("prod-h100"))
+
+
+def replay(behavior: Behavior, first: float, period: float) -> list[tuple[float, int, int]]:
+    """(seconds, replicas before, after) of every change in the log's time."""
+    hpa, replicas, steps = Hpa(behavior, LOG["target"], LOG["smallest"], LOG["largest"]), LOG["smallest"], []
+    for now in np.arange(first, LOG["seconds"], period):
+        value = [value for since, value in LOG["metric"] if since <= now][-1]
+        wanted = hpa.decide(float(now), value, replicas)
+        if wanted != replicas:
+            steps.append((float(now), replicas, wanted))
+        replicas = wanted
+    return steps
+
+
+def test_the_real_controllers_steps_are_reproduced():
+    """All 14, each between the two samples where the log has it."""
+    steps = replay(behavior_of(LOG["behavior"]), *LOG["sync"])
+    assert len(steps) == 14
+    assert [step[1:] for step in steps] == [tuple(step[2:]) for step in LOG["steps"]]
+    for (at, _, _), (before, after, _, _) in zip(steps, LOG["steps"], strict=True):
+        assert before < at <= after
+
+
+@pytest.mark.parametrize("first", [0.0, 0.25, 0.5, 0.75, 0.99])
+def test_the_steps_do_not_hang_on_the_phase(first):
+    assert [step[1:] for step in replay(behavior_of(LOG["behavior"]), first, 1.0)] == [
+        tuple(step[2:]) for step in LOG["steps"]
+    ]
+
+
+@pytest.mark.parametrize(
+    "change",
+    [
+        {"down": {"window": 5.0}},
+        {"down": {"policies": (Policy("Pods", 2, 8),)}},
+        {"up": {"select": "Min"}},
+        {"up": {"policies": (Policy("Pods", 2, 6),)}},
+    ],
+)
+def test_another_policy_does_not_fit_the_log(change):
+    """So the log tests the window, both kinds of policy and their choice; not the tolerance."""
+    behavior = behavior_of(LOG["behavior"])
+    for direction, values in change.items():
+        rules = dataclasses.replace(getattr(behavior, direction), **values)
+        behavior = dataclasses.replace(behavior, **{direction: rules})
+    steps = replay(behavior, *LOG["sync"])
+    fits = len(steps) == 14 and all(
+        before < at <= after and [*step] == step_of
+        for (at, *step), (before, after, *step_of) in zip(steps, LOG["steps"], strict=True)
+    )
+    assert not fits
+
+
+@pytest.mark.parametrize(("metric", "wanted"), [(95.0, 10), (110.0, 10), (111.0, 12), (90.0, 10), (89.0, 9), (0.0, 1)])
+def test_near_the_target_nothing_changes(metric, wanted):
+    """Ten pods, target 10, tolerance .1."""
+    free = Rules(0.0, (Policy("Pods", 99, 60),), tolerance=0.1)
+    assert Hpa(Behavior(free, free), 10.0, 1, 99).decide(0.0, metric, 10) == wanted
+
+
+def test_a_direction_can_be_off():
+    rules = Rules(0.0, (Policy("Pods", 4, 60),))
+    off = dataclasses.replace(rules, select="Disabled")
+    assert Hpa(Behavior(rules, off), 1, 1, 9).decide(0.0, 1.0, 5) == 5
+    assert Hpa(Behavior(off, rules), 1, 1, 9).decide(0.0, 9.0, 5) == 5
+    assert Hpa(Behavior(rules, rules), 1, 3, 9).decide(0.0, 0.0, 5) == 3
+
+
+def test_the_policy_is_read_from_the_manifest(shipped):
+    assert shipped.slots == limits(rendered("prod-h100"))["max_streams"]
+    assert shipped.target == pytest.approx(0.95 * shipped.slots)
+    assert shipped.behavior.up.window == 0
+    assert shipped.behavior.down.window == 900
+    assert {p.type for p in shipped.behavior.down.policies} == {"Pods", "Percent"}
+    assert constant("vector(60.5)") == 60.5
+    with pytest.raises(ManifestError, match="no constant"):
+        constant("sum(x)")
+    assert Shipped.of(rendered("dev-cpu")).slots == 8
+    with pytest.raises(ManifestError, match="no ScaledObject triton"):
+        Shipped.of(rendered("staging+hpa-native"))
+
+
+@pytest.mark.parametrize("placement", [PACKED, RANDOM])
+def test_a_fleet_keeps_count(placement):
+    generator = np.random.default_rng(3)
+    fleet, live, number = Fleet(slots=3, pods=5, placement=placement, seed=1), set(), 0
+    for now in range(400):
+        fleet.arrive(now)
+        for _ in range(generator.integers(0, 4)):
+            number += 1
+            if fleet.place(number):
+                live.add(number)
+        for stream in list(live):
+            if generator.random() < 0.1:
+                fleet.end(stream)
+                live.discard(stream)
+        live -= set(fleet.scale(int(generator.integers(3, 9)), now, start_seconds=7))
+        assert fleet.where.keys() == live
+        assert sum(len(pod.streams) for pod in fleet.ready) == len(live)
+        assert all(len(pod.streams) <= 3 for pod in fleet.ready)
+        assert [len(pods) for pods in fleet.by_load] == [
+            sum(len(pod.streams) == load for pod in fleet.ready) for load in range(4)
+        ]
+
+
+def test_packed_streams_fill_pods_and_empty_ones_go_first():
+    fleet = Fleet(slots=3, pods=4, placement=PACKED, seed=0)
+    assert all(fleet.place(stream) for stream in range(4))
+    assert sorted(len(pod.streams) for pod in fleet.ready) == [0, 0, 1, 3]
+    assert fleet.scale(3, now=0.0, start_seconds=1) == []
+    assert fleet.scale(1, now=0.0, start_seconds=1) == [3]
+    assert not fleet.place(9)
+    fleet.scale(2, now=0.0, start_seconds=10)
+    fleet.arrive(9.0)
+    assert not fleet.place(9)
+    fleet.arrive(10.0)
+    assert fleet.place(9)
+
+
+def test_the_signal_is_the_rules():
+    """Steady: D + max(N, 2 sqrt(lambda T)); growing: and the trend."""
+    signal = Signal(slots=2, start_seconds=240, buffer=True)
+    for _ in range(100):
+        signal.see(opened=1, active=50, waiting=3)
+    assert signal.value == pytest.approx(53 + 2 * math.sqrt(240 / TICK))
+    for tick in range(100):
+        signal.see(opened=0, active=50 + tick, waiting=0)
+    seen = 50 + 99 - (len(signal.values) - 1)
+    assert signal.value == pytest.approx(seen + 240 / TICK)
+    assert slope([3.0]) == 0.0
+    quiet = Signal(slots=8, start_seconds=240, buffer=True)
+    quiet.see(0, 0, 0)
+    assert quiet.value == 8
+
+
+def test_a_day_under_what_ships(shipped):
+    packed, loose = (simulate(shipped, SHORT, placement, seed=1) for placement in (PACKED, RANDOM))
+    for run in (packed, loose):
+        assert run.asked.min() >= shipped.smallest
+        assert run.asked.max() <= shipped.largest
+        assert (run.active <= run.ready * run.slots).all()
+        crowd = run.asked[(run.at >= SHORT.crowd_at) & (run.at < SHORT.crowd_at + SHORT.crowd_seconds)]
+        assert crowd.max() > 1.5 * run.asked[run.at < SHORT.crowd_at].max()
+    assert len(packed.waits) == pytest.approx(len(loose.waits), rel=0.01), "the same viewers"
+    assert packed.moved.sum() <= 0.1 * max(loose.moved.sum(), 10)
+    assert (packed.waits > TICK).mean() < 0.1
+    assert packed.waits.max() < 2 * shipped.start_seconds
+    again = simulate(shipped, SHORT, PACKED, seed=1)
+    assert np.array_equal(again.asked, packed.asked)
+
+
+def test_without_the_buffer_more_viewers_wait(shipped):
+    with_, without = (simulate(shipped, SHORT, PACKED, seed=2, buffer=buffer) for buffer in (True, False))
+    assert (without.waits > TICK).mean() > (with_.waits > TICK).mean()
+    assert without.pod_hours < with_.pod_hours
+
+
+def test_the_picture_is_drawn(shipped, tmp_path):
+    demand = dataclasses.replace(SHORT, streams=10.0)
+    runs = {placement.name: simulate(shipped, demand, placement) for placement in (PACKED, RANDOM)}
+    draw(runs, demand, "a title", tmp_path / "new" / "day.png")
+    assert (tmp_path / "new" / "day.png").stat().st_size > 20_000
+
+
+def test_capacity_comes_from_what_was_measured(shipped):
+    assert [capacity.streams_per_gpu(fps) for fps in (10, 16, 20.6, 24, 41.2, 50)] == [4, 2, 2, 1, 1, 0]
+    assert shipped.slots == capacity.streams_per_gpu(16)
+    plan = capacity.Plan.of(shipped, streams=2000, life=600, fps=16, snapshot_chunks=120)
+    buffer = 2 * math.sqrt(2000 / 600 * shipped.start_seconds)
+    assert plan.pods == math.ceil((2000 + buffer) / shipped.target)
+    assert plan.snapshot_rate == pytest.approx(2000 * 3.5e9 / 90)
+    assert capacity.Plan.of(shipped, 20, 600, 16, 0).snapshot_rate == 0
+    assert capacity.table(shipped, 600, 16, 120).count("\n") == 6
+
+
+def test_the_readme_has_todays_numbers(shipped):
+    readme = (Path(capacity.__file__).parents[1] / "README.md").read_text()
+    assert capacity.table(shipped, Demand.life, 16.0, limits(rendered("prod-h100"))["snapshot_chunks"]) in readme
