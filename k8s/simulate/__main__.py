@@ -7,7 +7,7 @@ import dataclasses
 from pathlib import Path
 
 from k8s.simulate.capacity import table
-from k8s.simulate.fleet import PACKED, RANDOM, Demand, simulate
+from k8s.simulate.fleet import LEAST, PACKED, RANDOM, Demand, simulate
 from k8s.simulate.hpa import Behavior, Policy, Rules
 from k8s.simulate.manifest import ROOT, Shipped, limits, render
 from k8s.simulate.plot import draw
@@ -38,13 +38,16 @@ def variants(shipped: Shipped) -> dict[str, tuple[Shipped, bool]]:
 
 
 def compare(shipped: Shipped, demand: Demand, seed: int) -> str:
-    """Markdown: each variant, with the stream controller's placement and without."""
+    """Markdown: each variant, with the stream controller's placement, and with the gateway's."""
     lines = [f"| policy | placement | {' | '.join(FIGURES)} |", f"|{'---|' * (len(FIGURES) + 2)}"]
     for name, (policy, buffer) in variants(shipped).items():
-        for placement in (PACKED, RANDOM):
+        placements = {"controller": PACKED, "gateway": LEAST} | (
+            {"any pod": RANDOM} if policy is shipped and buffer else {}
+        )
+        for label, placement in placements.items():
             values = simulate(policy, demand, placement, seed, buffer).summary()
             cells = [f"{values[f]:.0%}" if "used" in f or "at all" in f else f"{values[f]:.4g}" for f in FIGURES]
-            lines.append(f"| {name} | {'packed' if placement.packed else 'any'} | {' | '.join(cells)} |")
+            lines.append(f"| {name} | {label} | {' | '.join(cells)} |")
     return "\n".join(lines)
 
 
@@ -64,7 +67,7 @@ def main() -> None:
     if arguments.largest:
         shipped = dataclasses.replace(shipped, largest=arguments.largest)
     demand = Demand(streams=arguments.streams, life=arguments.life, crowd=arguments.crowd)
-    runs = {placement.name: simulate(shipped, demand, placement, arguments.seed) for placement in (PACKED, RANDOM)}
+    runs = {placement.name: simulate(shipped, demand, placement, arguments.seed) for placement in (LEAST, PACKED)}
     for name, run in runs.items():
         print(f"{name}: {', '.join(f'{key} {value:.4g}' for key, value in run.summary().items())}")
     title = (

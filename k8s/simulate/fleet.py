@@ -21,6 +21,7 @@ from k8s.simulate.manifest import Shipped
 TICK = 5.0  # seconds
 LAG = 30.0  # scrape, rules, KEDA
 RETRY = 10.0  # seconds until a refused client asks again
+GATEWAYS = 2
 WINDOW = 300.0  # of the rules' rate() and deriv()
 DAY = 86400.0
 
@@ -46,16 +47,21 @@ class Demand:
 
 @dataclasses.dataclass(frozen=True)
 class Placement:
-    """packed: a new stream goes to the fullest pod that has a slot, and the emptiest pod is removed first (the stream
-    controller). Else it goes to any pod, asks again after `RETRY` if that one is full, and the youngest pod is removed.
+    """Where a new stream goes, and which pod is removed first.
+
+    packed: to the fullest pod that has a slot; the emptiest pod is removed (the stream controller). Else through one
+    of `GATEWAYS` gateways to the pod, of `choices` at random, that carries the fewest streams of that gateway, which
+    knows no others; if that pod is full the client asks again after `RETRY`; and the youngest pod is removed.
     """
 
     name: str
-    packed: bool
+    packed: bool = False
+    choices: int = 1
 
 
-PACKED = Placement("fullest pod first, emptiest pod removed first", True)
-RANDOM = Placement("any pod, youngest removed first", False)
+PACKED = Placement("fullest pod first, emptiest pod removed first", packed=True)
+LEAST = Placement("the gateway's least busy of 10 pods, youngest removed first", choices=10)  # as shipped (envoy.yaml)
+RANDOM = Placement("any pod, youngest removed first")
 
 
 @dataclasses.dataclass
@@ -119,12 +125,16 @@ class Fleet:
         if self.placement.packed:
             pod = next((next(iter(pods)) for pods in reversed(self.by_load[: self.slots]) if pods), None)
         else:
-            pod = self.random.choice(self.ready) if self.ready else None
+            pod = self._least_busy(stream % GATEWAYS)
         if pod is None or len(pod.streams) >= self.slots:
             return False
         self._load(pod, pod.streams | {stream})
         self.where[stream] = pod
         return True
+
+    def _least_busy(self, gateway: int) -> Pod | None:
+        seen = self.random.sample(self.ready, min(self.placement.choices, len(self.ready)))
+        return min(seen, key=lambda pod: sum(one % GATEWAYS == gateway for one in pod.streams), default=None)
 
     def end(self, stream: int) -> None:
         pod = self.where.pop(stream)
