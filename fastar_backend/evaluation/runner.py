@@ -4,6 +4,7 @@ processes with one thread each, and speed last, alone. What is done is not done 
 from __future__ import annotations
 
 import contextlib
+import itertools
 import multiprocessing
 import os
 import signal
@@ -52,8 +53,8 @@ def plan(settings: Settings, policies: Sequence[str], parts: Sequence[Part]) -> 
             if "forced" in parts:
                 units += [Unit("forced", policy, name, seed) for name in names[: sizes.forced_scenarios]]
             if "revisit" in parts and settings.truth is None:
-                kinds = ("away", "circle")
-                units += [Unit("revisit", policy, n, seed, k) for n in names[: sizes.revisit_scenarios] for k in kinds]
+                places = itertools.product(names[: sizes.revisit_scenarios], sizes.revisit_kinds)
+                units += [Unit("revisit", policy, name, seed, kind) for name, kind in places]
     units.sort(key=lambda unit: (unit.policy != "dense", unit.part != "drift"))
     if "speed" in parts:
         units += [Unit("speed", policy, "", first) for policy in policies]

@@ -27,6 +27,7 @@ class Suite(Config):
     forced_every: int  # chunks between two that are predicted
     forced_scenarios: int
     revisit_scenarios: int
+    revisit_kinds: tuple[str, ...] = ("away", "circle")
     revisit_every: int = 1  # of the chunks in which a place returns, one in so many is predicted
     drift_frames: int
     marks: tuple[int, ...]  # video frames of history at which speed is measured
@@ -35,16 +36,17 @@ class Suite(Config):
 
 SUITES = {
     "quick": Suite(
-        frames=96, scenarios=3, forced_latents=64, forced_every=8, forced_scenarios=2, revisit_scenarios=2,
-        revisit_every=2, drift_frames=720, marks=(24, 240, 960),
+        frames=64, scenarios=3, forced_latents=72, forced_every=14, forced_scenarios=2, revisit_scenarios=2,
+        revisit_kinds=("away",), revisit_every=2, drift_frames=480, marks=(24, 240, 960),
     ),
     "full": Suite(
         frames=720, scenarios=6, seeds=3, forced_latents=160, forced_every=8, forced_scenarios=6, revisit_scenarios=4,
         drift_frames=2880, marks=(24, 120, 240, 480, 960, 1920, 2880),
     ),
     "ablations": Suite(
-        frames=96, scenarios=3, forced_latents=64, forced_every=8, forced_scenarios=3, revisit_scenarios=2,
-        revisit_every=2, drift_frames=720, marks=(24, 240), parts=("rollout", "forced", "revisit"),
+        frames=96, scenarios=3, forced_latents=72, forced_every=14, forced_scenarios=3, revisit_scenarios=2,
+        revisit_kinds=("away",), revisit_every=2, drift_frames=480, marks=(24, 240),
+        parts=("rollout", "forced", "revisit"),
     ),
 }  # fmt: skip
 # Of the embedded world: a mix of kinds of play however many are taken. A world's others follow.
@@ -86,7 +88,8 @@ def ablations(budget: int) -> dict[str, dict[str, Any]]:
         "weight none": {"weight": "none"},
         "weight effective": {"weight": "effective"},
         "matched by queries": {"match": "query"},
-        "overflow dropped": {"overflow": "drop"},
+        "overflow dropped": {"fold_threshold": 1.0},
+        "overflow folded, however far": {"fold_threshold": -1.0},
         "index exact": {"index": "exact"},
         "index LSH, 4 bits": {"index": "lsh", "index_bits": 4},
         "index LSH, 8 bits": {"index": "lsh", "index_bits": 8},
