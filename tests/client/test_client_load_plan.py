@@ -97,6 +97,8 @@ def test_a_world_fills_in_what_a_scenario_leaves_open():
     filled = preset("steady").in_world(world)
     assert filled.actions == ("left", "right", "")
     assert filled.prompts == ("cave", "hall")
+    prompts = {"cave": "a wet cave", "hall": "a round hall"}  # as the server sends them
+    assert preset("steady").in_world(dataclasses.replace(world, scenarios=prompts)).prompts == tuple(prompts.values())
     assert scenario().in_world(world) == scenario()
     assert preset("steady").in_world(dataclasses.replace(world, scenarios=())).prompts == PROMPTS
 

@@ -81,7 +81,7 @@ def run(
     if report.outcome.interrupted:
         return 130
     for line in report.missed:
-        print(f"fastar-load: SLO missed: {line}", file=sys.stderr)
+        print(f"fastar-load: {line}", file=sys.stderr)
     return 1 if report.missed else 0
 
 

@@ -40,7 +40,7 @@ class Report:
     @property
     def missed(self) -> list[str]:
         """One line for each target that was missed, and each load process that died."""
-        return [str(target) for target in self.targets if not target.met] + self.outcome.died
+        return [f"SLO missed: {target}" for target in self.targets if not target.met] + self.outcome.died
 
     @property
     def warnings(self) -> list[str]:
