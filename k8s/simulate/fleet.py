@@ -59,8 +59,8 @@ class Placement:
     choices: int = 1
 
 
-PACKED = Placement("fullest pod first, emptiest pod removed first", packed=True)
-LEAST = Placement("the gateway's least busy of 10 pods, youngest removed first", choices=10)  # as shipped (envoy.yaml)
+PACKED = Placement("stream controller: fullest pod first, emptiest removed first", packed=True)
+LEAST = Placement("as shipped: least busy of 10 pods, youngest removed first", choices=10)  # envoy.yaml
 RANDOM = Placement("any pod, youngest removed first")
 
 

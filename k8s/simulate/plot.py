@@ -30,7 +30,7 @@ def draw(runs: dict[str, Run], demand: Demand, title: str, path: Path) -> None:
     pods.legend(loc="upper left")
     for (name, run), colour in zip(runs.items(), COLOURS, strict=False):
         waiting.plot(
-            run.at / 3600, run.waiting, color=colour, linewidth=0.8, label=name, zorder=3 - list(runs).index(name)
+            run.at / 3600, run.waiting, color=colour, linewidth=0.8, label=name, zorder=2 + list(runs).index(name)
         )
         per_hour = np.add.reduceat(run.moved, np.arange(0, len(run.moved), int(3600 / TICK)))
         moved.step(
