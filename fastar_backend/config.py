@@ -148,12 +148,9 @@ class AttentionConfig(Config):
     representative: Literal["last", "mean"] = "last"
     weight: Literal["count", "effective", "none"] = "count"  # log of it is the group's logit bias
     match: Literal["key", "query"] = "key"  # what looks for its group: the new keys (ours) or the queries (paper)
-    overflow: Literal["fold", "drop"] = (
-        "fold"  # of tokens and groups beyond the budget: into the nearest group, or lost
-    )
-    # What folding adds to the group's count: as much as keeps the attention mass that the loser had (measured, over
-    # the chunk's queries), at most its own count; or its count (the log-count law, of keys that are not equal).
-    fold_weight: Literal["mass", "count"] = "mass"
+    # Tokens and groups beyond the budget go into the nearest group if the keys' cosine is above; else they are lost. 1:
+    # all are; -1: none.
+    fold_threshold: float = Field(0.7, ge=-1, le=1)
     index: Literal["exact", "lsh", "quantised"] = "quantised"
     index_bits: int = Field(8, ge=1, le=16)  # LSH: sign bits a table
     index_tables: int = Field(4, ge=1, le=32)
@@ -179,8 +176,8 @@ class AttentionConfig(Config):
         The hard budget is ours: the paper has none."""
         return cls(
             budget_frames=budget_frames, recent_frames=chunk_frames, merge_threshold=0.9, representative="last",
-            weight="count", match="query", overflow="drop", index="quantised", sparse_density=0.28, dense_steps=0.3,
-            sparse_order="bucket", fold_weight="count", select_text=True,
+            weight="count", match="query", fold_threshold=1.0, index="quantised", sparse_density=0.28, dense_steps=0.3,
+            sparse_order="bucket", select_text=True,
         )  # fmt: skip
 
     @model_validator(mode="after")

@@ -26,7 +26,7 @@ from fastar_backend.attention import guard
 from fastar_backend.attention.cache import CacheShape, by_place
 from fastar_backend.attention.flat_select import select
 from fastar_backend.attention.layers import CacheStats
-from fastar_backend.attention.temp_cache import TINY, USAGE_DECAY
+from fastar_backend.attention.temp_cache import USAGE_DECAY
 from fastar_backend.config import AttentionConfig
 from fastar_backend.kernels import ops
 from fastar_backend.model.layers import time_turns
@@ -222,11 +222,9 @@ class FlatCaches:
         ops.merge(held, torch.where(joins, match, slots), new, renew=True)
         first.copy_(slots - (held.count[:, :slots] > 0).sum(-1))
         gone = joins.sum()
-        if self.config.overflow == "fold":
-            target = ops.nearest(loser.code, held.code, first)[1]
-            lost &= target >= 0
-            if self.config.fold_weight == "mass":
-                loser = _weighed(loser, held, target.clamp(min=0).long())
+        if self.config.fold_threshold < 1:
+            similarity, target = ops.nearest(loser.code, held.code, first)
+            lost &= (target >= 0) & (similarity > self.config.fold_threshold)
             ops.merge(held, torch.where(lost, target, slots), loser, renew=False)
             gone = gone + lost.sum()
         self.merged += gone / len(self.keys)
@@ -331,14 +329,6 @@ class FlatLayer:
         fresh = mass[:, rows].clone()
         usage.lerp_(mass, 1 - USAGE_DECAY)
         usage[:, rows] = fresh
-
-
-def _weighed(loser: ops.Groups, held: ops.Groups, target: Tensor) -> ops.Groups:
-    """Losers that count for as much as gives their group the attention mass they had, at most for what they counted."""
-    theirs = held.usage.gather(1, target).clamp(min=TINY)
-    weight = torch.minimum(loser.count, held.count.gather(1, target) * loser.usage / theirs)
-    value = loser.value * (weight / loser.count)[..., None].to(loser.value.dtype)
-    return dataclasses.replace(loser, value=value, count=weight)
 
 
 def _rows(x: Tensor, index: Tensor) -> Tensor:

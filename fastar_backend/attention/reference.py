@@ -117,7 +117,7 @@ class Group:
     query: Tensor  # of the token that came last
     time: int  # latent frame of the newest member
     usage: float = 0.0  # attention mass received
-    count: float = 1
+    count: int = 1
 
 
 def cosine(a: Tensor, b: Tensor) -> float:
@@ -125,14 +125,14 @@ def cosine(a: Tensor, b: Tensor) -> float:
 
 
 def merge(groups: list[Group], leaving: list[Group], threshold: float, budget: int, match: str = "key",
-          overflow: str = "fold", fold_weight: str = "mass") -> list[Group]:  # fmt: skip
+          fold: float = 0.7) -> list[Group]:  # fmt: skip
     """TempCache, one head: the groups after the tokens of leaving frames have met them.
 
     A token's match is the nearest group of its key (of its query: the paper); it joins if their *keys*' cosine exceeds
     the threshold. The last member is the representative. Tokens without a group found one; beyond `budget` groups
     the least used that nobody has just joined give way, one for one, to newcomers that are used more. Who has no
-    place is folded into the nearest group (count and mean value, not the key), or dropped. It adds its count, or as
-    much as its share of the group's usage is of the group's count, if that is less.
+    place is folded into the nearest group (count and mean value, not the key) if their keys' cosine exceeds `fold`,
+    or dropped.
     """
     joining: dict[int, list[Group]] = {}
     newcomers = []
@@ -162,16 +162,12 @@ def merge(groups: list[Group], leaving: list[Group], threshold: float, budget: i
         group.value = total / group.count
         group.usage += sum(token.usage for token in tokens)
         group.key, group.time = tokens[-1].key, tokens[-1].time
-    folds = []
-    for loser in losers if overflow == "fold" and kept else []:
+    for loser in losers if fold < 1 and kept else []:
         group = max(kept, key=lambda group: cosine(loser.key, group.key))
-        weight = loser.count
-        if fold_weight == "mass":  # of the groups as they are before any loser is folded
-            weight = min(weight, group.count * loser.usage / max(group.usage, 1e-12))
-        folds.append((loser, group, weight))
-    for loser, group, weight in folds:
-        group.value = (group.value * group.count + loser.value * weight) / (group.count + weight)
-        group.count += weight
+        if cosine(loser.key, group.key) <= fold:
+            continue
+        group.value = (group.value * group.count + loser.value * loser.count) / (group.count + loser.count)
+        group.count += loser.count
         group.usage += loser.usage
     return kept
 
@@ -180,10 +176,10 @@ class TempCache:
     """One layer of one stream; per head, groups (`memory`), and sinks and newest frames token by token (`frames`)."""
 
     def __init__(self, heads: int, layout: Layout, *, budget: int, sinks: int, recent: int, threshold: float,
-                 match: str = "key", overflow: str = "fold", fold_weight: str = "mass") -> None:  # fmt: skip
+                 match: str = "key", fold: float = 0.7) -> None:  # fmt: skip
         """budget: groups. sinks, recent: whole frames."""
         self.layout, self.budget, self.sinks, self.recent = layout, budget, sinks, recent
-        self.threshold, self.match, self.overflow, self.fold_weight = threshold, match, overflow, fold_weight
+        self.threshold, self.match, self.fold = threshold, match, fold
         self.memory: list[list[Group]] = [[] for _ in range(heads)]
         self.frames: list[list[Group]] = [[] for _ in range(heads)]
 
@@ -218,7 +214,7 @@ class TempCache:
                 leaving = self.frames[head][first : first + size]
                 del self.frames[head][first : first + size]
                 self.memory[head] = merge(
-                    self.memory[head], leaving, self.threshold, self.budget, self.match, self.overflow, self.fold_weight
+                    self.memory[head], leaving, self.threshold, self.budget, self.match, self.fold
                 )
                 surplus -= size
 

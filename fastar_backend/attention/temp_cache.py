@@ -8,9 +8,8 @@ share one temporal position, so equal content means equal keys (under plain rota
 log-count law fails).
 
 The budget is hard. When it is full, the groups with the least attention mass (a running mean over chunks) give way to
-newcomers with more. Whoever loses is folded into its nearest group, whatever the distance (`overflow="fold"`): the
-group's count and mean value grow, its key stays. So the memory keeps the softmax's long tail instead of losing it. The
-loser's key is another than the group's, so it counts for as much as gives the group the mass that the loser had.
+newcomers with more. Whoever loses is folded into its nearest group, unless that is too far (`fold_threshold`): the
+group's count and mean value grow, its key stays. So the memory keeps the softmax's long tail instead of losing it.
 Sinks and the newest frames are never merged nor dropped.
 """
 
@@ -28,7 +27,6 @@ from fastar_backend.attention.sparse_cache import SparseCache
 from fastar_backend.config import AttentionConfig
 
 USAGE_DECAY = 0.95  # per chunk, of the running attention mass that decides who stays
-TINY = 1e-12  # of usage: less is nothing
 USAGE_STRIDE = 6  # one query in so many measures it
 
 
@@ -159,7 +157,7 @@ class TempCache(SparseCache):
         )
         self._write(slot, newcomer, replace, keys, values, times, usage, entry)
         self._join(found, joins, keys, values, times, usage, entry, probe)
-        if config.overflow == "fold" and losers[-1].any():
+        if config.fold_threshold < 1 and losers[-1].any():
             target = self._fold(*losers)
             self.merged += (losers[-1] & (target >= 0)).float().sum(1).mean().item()
             tokens = target[:, : assigned.shape[1]]
@@ -224,12 +222,12 @@ class TempCache(SparseCache):
         entry, values = _rows(entry, first), _rows(values, first)
         count, usage, lost = (x.gather(1, first) for x in (count, usage, lost))
         target = ann.nearest(entry, self.index, self.count > 0, self.config)
+        near = (entry * _rows(self.index, target.clamp(min=0))).sum(-1) > self.config.fold_threshold
+        target = torch.where(near, target, -1)
         heads, entries = (lost & (target >= 0)).nonzero(as_tuple=True)
         flat = heads * slots + target[heads, entries]
-        plus, old = count[heads, entries], self.count.flatten()
-        if self.config.fold_weight == "mass":
-            theirs = self.usage[:, :slots].reshape(-1)[flat].clamp(min=TINY)
-            plus = torch.minimum(plus, old[flat] * usage[heads, entries] / theirs)
+        plus = count[heads, entries]
+        old = self.count.flatten()
         total = old.index_add(0, flat, plus)
         held = torch.where(old > 0, old, 1.0)[:, None] * self.values[:, :slots].flatten(0, 1).float()
         mean = held.index_add_(0, flat, plus[:, None] * values[heads, entries].float()) / total.clamp(min=1)[:, None]

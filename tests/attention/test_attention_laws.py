@@ -161,7 +161,7 @@ def test_merging_different_values_of_equal_keys_is_exact():
 
 
 @pytest.mark.parametrize(
-    "policy", [{"weight": "none"}, {"merge_threshold": 1.0, "budget_frames": 5, "overflow": "drop"}]
+    "policy", [{"weight": "none"}, {"merge_threshold": 1.0, "budget_frames": 5, "fold_threshold": 1.0}]
 )
 def test_the_exactness_tests_can_fail(policy):
     """Without counts, or with members dropped instead of merged, the same stream is far from dense."""

@@ -68,11 +68,11 @@ def test_recall_falls_with_wrong_group_weights():
     assert sorted(run.recall[1:], reverse=True) == run.recall[1:]
 
 
-@pytest.mark.parametrize("overflow", ["drop", "fold"])
-def test_recall_by_hand(overflow):
+@pytest.mark.parametrize("fold", [1.0, -1.0])
+def test_recall_by_hand(fold):
     """A merging stream beyond its budget, against the definition in loops: sum of min(dense mass, fast mass)."""
     shape = shape_of(heads=1, frame_tokens=5, chunk_frames=1)
-    config = AttentionConfig(budget_frames=3, recent_frames=2, index="exact", overflow=overflow)
+    config = AttentionConfig(budget_frames=3, recent_frames=2, index="exact", fold_threshold=fold)
     qkv = tokens(shape, 12, seed=3, change=0.3)
     cache = make_cache(shape, config)
     probe = RecallProbe(shape, cache)
@@ -102,7 +102,7 @@ def test_recall_by_hand(overflow):
     total = sum(fast for _, fast in entries)
     by_hand = sum(min(mass, fast / total) for mass, fast in entries)
     assert cache.merged > 3
-    assert (owner[: 5 * 9] == -1).any() == (overflow == "drop"), "folding loses nothing, dropping does"
+    assert (owner[: 5 * 9] == -1).any() == (fold == 1.0), "folding loses nothing, dropping does"
     assert 0.3 < by_hand < 0.999
     assert probe.recall == pytest.approx(by_hand, abs=1e-4)
     assert QUERY_STRIDE >= 5, "only the first query is measured"
