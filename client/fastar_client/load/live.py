@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections import deque
 from typing import Self
 
 from rich.console import Console
@@ -22,16 +23,12 @@ class LiveView:
         self._planned = len(streams)
         self._seconds = max((stream.leaves for stream in streams), default=0.0)
         self._console = Console(stderr=True, highlight=False)
-        columns = (
-            TextColumn(TIME),
-            BarColumn(20),
-            TextColumn("{task.fields[now]}"),
-        )
+        columns = (TextColumn(TIME), BarColumn(20), TextColumn("{task.fields[now]}"))
         terminal = self._console.is_terminal
         self._progress = Progress(*columns, console=self._console, transient=True, disable=not terminal)
         self._task = self._progress.add_task("", total=self._seconds, now="load processes start")
         self._line_at = 0.0 if not terminal else float("inf")
-        self._last = (0.0, 0)
+        self._delivered = deque([(0.0, 0)], maxlen=10)  # (seconds, frames) as of the last few calls
 
     def __enter__(self) -> Self:
         self._progress.start()
@@ -50,7 +47,8 @@ class LiveView:
 
     def _text(self, seconds: float, processes: list[Now], records: list[StreamRecord]) -> str:
         frames = sum(now.frames for now in processes)
-        (then, before), self._last = self._last, (seconds, frames)
+        self._delivered.append((seconds, frames))
+        then, before = self._delivered[0]
         delivered = (frames - before) / (seconds - then) if seconds > then else 0.0
         rates = [rate for now in processes for rate in now.fps]
         lost = sum(record.outcome in LOST for record in records)

@@ -61,7 +61,8 @@ def draw_streams(axes: Any, records: list[StreamRecord]) -> None:
     lost = [record.ended for record in records if record.outcome in LOST]
     if lost:
         axes.plot(lost, [0] * len(lost), "x", color=RED, clip_on=False, label=f"lost ({len(lost)})")
-    axes.set(title="streams at once", ylabel="streams", ylim=(0, None))
+    axes.set(title="streams at once", ylabel="streams", ylim=(0, 1.3 * max([1, *counts])))  # room for the legend
+    axes.yaxis.get_major_locator().set_params(integer=True)
     axes.legend(loc="upper left", framealpha=0.9)
 
 

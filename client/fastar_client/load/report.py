@@ -150,7 +150,7 @@ th:first-child, td:first-child { text-align: left; white-space: normal } th { co
 .verdict { display: inline-block; padding: .2rem .8rem; border-radius: .4rem; font-weight: 700; color: #fff }
 .met { background: #1a7f4b } .missed { background: #c2372e } td.met, td.missed { background: none; font-weight: 600 }
 td.met { color: #1a7f4b } td.missed { color: #c2372e } .warning { border-left: 4px solid #d98e04; padding-left: .8rem }
-.scroll { overflow-x: auto }
+.scroll { overflow-x: auto } .scroll th { white-space: normal; vertical-align: bottom }
 """
 
 
