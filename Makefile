@@ -5,12 +5,13 @@ VENV ?= .venv
 FRAMES ?=
 BIN := $(VENV)/bin
 INSTALLED := $(VENV)/.installed
-CODE := fastar_backend client model_repository tests benchmarks training
+TESTABLE := $(VENV)/.testable
+CODE := fastar_backend client model_repository tests benchmarks training k8s
 PIP := $(BIN)/python -m pip --disable-pip-version-check install -q -c constraints.txt
 
 .PHONY: venv test test-all lint demo serve clean
 
-venv: $(INSTALLED)
+venv: $(TESTABLE)
 
 # nvidia-pytriton, of which only the server's binaries are used, asks for numpy < 2, which Python 3.13 does not have:
 # there it is installed without its dependencies, and numpy 2 is right (model.py hands its tensors over by DLPack).
@@ -19,11 +20,15 @@ $(INSTALLED): pyproject.toml client/pyproject.toml constraints.txt
 	    sys.exit("Python 3.11, 3.12 or 3.13 is needed, not %d.%d: make PYTHON=..." % v)'
 	test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
 	if $(BIN)/python -c 'import sys; sys.exit(sys.version_info < (3, 13))'; \
-	then $(PIP) -e '.[dev]' -e client && $(PIP) --no-deps nvidia-pytriton; \
-	else $(PIP) -e '.[server,dev]' -e client; fi
+	then $(PIP) -e '.[demo]' -e client && $(PIP) --no-deps nvidia-pytriton; \
+	else $(PIP) -e '.[server,demo]' -e client; fi
 	touch $@
 
-lint: $(INSTALLED)
+$(TESTABLE): $(INSTALLED)
+	$(PIP) -e '.[dev]' -e client
+	touch $@
+
+lint: $(TESTABLE)
 	$(BIN)/ruff check $(wildcard $(CODE))
 	$(BIN)/ruff format --check -q $(wildcard $(CODE))
 
@@ -40,5 +45,5 @@ serve: $(INSTALLED)
 	$(BIN)/fastar serve
 
 clean:
-	rm -rf out build dist .pytest_cache .ruff_cache .hypothesis $(INSTALLED)
+	rm -rf out build dist .pytest_cache .ruff_cache .hypothesis $(INSTALLED) $(TESTABLE)
 	find . -name __pycache__ -not -path './$(VENV)/*' -prune -exec rm -rf {} +
