@@ -9,10 +9,12 @@ import time
 from collections.abc import AsyncIterator
 
 import pytest
+import trustme
 from fastar_client.load.measure import totals
 from fastar_client.load.record import StreamRecord
 from fastar_client.load.relay import Relay
 from fastar_client.load.run import Runner, Target
+from fastar_client.transport import TlsFiles
 from live import LiveServer
 from scripted import ScriptedServer, grpc_server, until
 from test_client_load_run import PACED, PERIOD, near, play, viewer
@@ -179,3 +181,28 @@ def test_a_relay_changes_nothing_until_it_drops():
                     writer.close()
 
     asyncio.run(run())
+
+
+def test_disconnects_behind_tls(tmp_path):
+    """The relay stands between, and the server's certificate still has to be the server's."""
+    authority, other = trustme.CA(), trustme.CA()
+    ours = authority.issue_cert("viewer@example.org")
+    ours.private_key_pem.write_to_path(tmp_path / "key.pem")
+    ours.cert_chain_pems[0].write_to_path(tmp_path / "cert.pem")
+    for name, ca in (("ca.pem", authority), ("other.pem", other)):
+        ca.cert_pem.write_to_path(tmp_path / name)
+
+    async def run() -> list[StreamRecord]:
+        async with grpc_server(ScriptedServer(step_seconds=0.02), authority=authority) as url:
+            records = []
+            for name in ("ca.pem", "other.pem"):
+                files = TlsFiles(tmp_path / name, tmp_path / "cert.pem", tmp_path / "key.pem")
+                target = Target(url.replace("127.0.0.1", "localhost"), tls=files)
+                runner = Runner(target, PACED, time.monotonic())
+                await runner.run([viewer(seconds=0.6, disconnects=True)])
+                records += runner.records
+            return records
+
+    good, bad = asyncio.run(run())
+    assert (good.outcome, len(good.chunks) > 2) == ("disconnected", True)
+    assert (bad.outcome, "TLS" in bad.error) == ("rejected", True)

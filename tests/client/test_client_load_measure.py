@@ -21,8 +21,12 @@ from fastar_client.load.record import (
     ControlTime,
     StreamRecord,
 )
+from fastar_client.load.report import judge
+from fastar_client.load.run import Probe
 from fastar_client.load.scenario import Phase, Scenario, Slo
 from fastar_client.load.slo import verdict
+from fastar_client.load.workers import Outcome
+from fastar_client.protocol import World
 
 RANDOM = random.Random(random.SystemRandom().randrange(2**40))
 TICK = 0.001
@@ -170,6 +174,25 @@ def test_controls():
     assert found.controls == pytest.approx([0.4, 0.1, 1.0])  # one that waited too short a time tells nothing
     assert found.control_periods == pytest.approx([2.0, 0.5, 5.0])
     assert found.controls_refused == 1
+
+
+def test_a_late_load_generator_hides_no_wait():
+    """What a stream waits is counted from when it was due, and how late it was begun is told apart."""
+    stream = record(punctual(45))
+    stream.opened = 0.7
+    found = figures(stream, scenario())
+    assert (found.ttfc, found.lateness) == (1.05, 0.7)
+
+    def warnings(opened: float, lags: list[float]) -> list[str]:
+        stream.opened = opened
+        return judge({}, scenario(), probe, Outcome([stream], lags), 1).warnings
+
+    probe = Probe(World("w", 8, 8, 4, 2, (), (), (), 20.0), 0.1)
+    assert warnings(0.01, [0.01] * 200) == []
+    (late,) = warnings(0.7, [0.01] * 200)
+    assert "load generator was too slow: streams began 0.70 s late" in late
+    (late,) = warnings(0.01, [0.01] * 190 + [0.3] * 10)
+    assert "an event loop was 0.30 s late" in late
 
 
 def test_slow_down_needs_enough_chunks():
