@@ -97,6 +97,12 @@ def test_arrivals_and_trend_make_the_buffer(rules):
     run(rules, series, expect)
 
 
+def test_a_falling_trend_is_not_counted_against_the_buffer(rules):
+    series = pods("fastar_streams_capacity", *["2x240"] * 9) | pods("fastar_streams_active", "100-0.5x160 20x80")
+    series |= pods("fastar_streams_admitted_total", "0+1.5x240")
+    run(rules, series, [value("fastar:slots_arriving", "20m", round(2 * math.sqrt(0.1 * 240), 2))])
+
+
 def test_refused_viewers_count_as_waiting(rules):
     """Three refusals in 10 s, each comes back after 10 s: three wait. A tenant over its own limit does not."""
     series = steady((2, 2)) | pods("fastar_streams_rejected_total", "0+4.5x240", more=', reason="streams"')

@@ -86,6 +86,17 @@ def test_near_the_target_nothing_changes(metric, wanted):
     assert Hpa(Behavior(free, free), 10.0, 1, 99).decide(0.0, metric, 10) == wanted
 
 
+def test_windows_hold_back_what_was_not_wanted_throughout():
+    """Up 60 s, down 120 s; target 1, so the metric is the number of pods."""
+    free = (Policy("Pods", 99, 1),)
+    hpa, replicas, seen = Hpa(Behavior(Rules(60.0, free), Rules(120.0, free)), 1.0, 1, 99), 10, {}
+    for now in range(0, 600, 10):
+        metric = 50.0 if 100 <= now < 130 or 300 <= now < 500 else 5.0  # a blink, then for long
+        replicas = seen[now] = hpa.decide(float(now), metric, replicas)
+    assert {seen[now] for now in range(0, 250, 10)} == {10}, "neither the blink nor the low before it is followed"
+    assert [seen[now] for now in (250, 350, 360, 590)] == [5, 5, 50, 50]
+
+
 def test_a_direction_can_be_off():
     rules = Rules(0.0, (Policy("Pods", 4, 60),))
     off = dataclasses.replace(rules, select="Disabled")
