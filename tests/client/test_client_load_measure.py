@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import json
 import math
 import random
 
@@ -287,3 +288,14 @@ def test_targets_say_by_how_much_they_are_missed():
     assert text == "p5 of the streams' FPS: 19.05; target: at least 19.8; missed by 0.752"
     nothing = {t.name: str(t) for t in verdict(gathered([record([], outcome=STARVED)])[1], scenario())}
     assert nothing["p95 of the time to the first chunk"].endswith(": never; target: at most 1.5 s")
+
+
+def test_a_test_that_was_stopped_at_once_has_a_report_too(tmp_path):
+    probe = Probe(World("w", 8, 8, 4, 2, (), (), (), 20.0), 0.1)
+    for paced in (True, False):
+        report = judge({"url": "u", "started": "now"}, scenario(paced=paced), probe, Outcome(interrupted=True), 3)
+        report.write(tmp_path)
+        found = json.loads((tmp_path / "report.json").read_text())
+        assert (found["totals"]["not_run"], found["streams"], found["met"]) == (3, [], not paced)
+        assert "was interrupted" in (tmp_path / "report.html").read_text()
+        assert (tmp_path / "report.png").read_bytes().startswith(b"\x89PNG")
