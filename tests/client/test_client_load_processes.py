@@ -61,7 +61,9 @@ def check_against_raw_times(found: dict) -> None:
         full = max(0, chunks["cache_tokens"].index(max(chunks["cache_tokens"])))
         fps.append(frames[full + 1 :].sum() / (max(received[-1], ended - PERIOD) - received[full]))
         ttfc.append(received[0] - stream["planned"]["at"])
-        jitter += abs(np.diff(received[full:]) - frames[full + 1 :] / 20).tolist()
+        own = abs(np.diff(received[full:]) - frames[full + 1 :] / 20).tolist()
+        assert stream["figures"]["jitter"]["p95"] == pytest.approx(np.percentile(own, 95), abs=1e-4)
+        jitter += own
         controls += [c["applied"] - c["due"] for c in stream["controls"] if c["applied"] is not None]
     totals = found["totals"]
     assert totals["fps"]["p5"] == pytest.approx(np.percentile(fps, 5), rel=1e-4)

@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import Any
 
 from fastar_client.load import plots
-from fastar_client.load.measure import StreamFigures, Totals, figures, totals
+from fastar_client.load.measure import StreamFigures, Totals, figures, over, totals
 from fastar_client.load.run import Probe
 from fastar_client.load.scenario import Scenario
 from fastar_client.load.slo import Target, verdict
@@ -22,7 +22,7 @@ from fastar_client.video import write_bytes, write_json
 
 VERSION = 1
 LATE_SECONDS = 0.05  # p99 of the load generator's own lateness above which the report warns
-SAMPLES = ("intervals", "requests", "jitter", "rtf")  # of a stream; the JSON has the times that they come from
+SAMPLES = ("intervals", "requests", "jitter", "rtf", "controls", "control_periods")  # the JSON has their spreads
 
 
 @dataclasses.dataclass(frozen=True)
@@ -59,7 +59,7 @@ class Report:
     def as_json(self) -> dict[str, Any]:
         streams = []
         for record, own in zip(self.outcome.records, self.each, strict=True):
-            values = {key: value for key, value in dataclasses.asdict(own).items() if key not in SAMPLES}
+            values = {key: over(value) if key in SAMPLES else value for key, value in dataclasses.asdict(own).items()}
             streams.append({"figures": values, **record.as_json()})
         machine = {"platform": platform.platform(), "python": platform.python_version(), "cpus": os.cpu_count()}
         return finite(
