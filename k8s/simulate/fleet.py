@@ -21,7 +21,6 @@ from k8s.simulate.manifest import Shipped
 TICK = 5.0  # seconds
 LAG = 30.0  # scrape, rules, KEDA
 RETRY = 10.0  # seconds until a refused client asks again
-GATEWAYS = 2
 WINDOW = 300.0  # of the rules' rate() and deriv()
 DAY = 86400.0
 
@@ -50,8 +49,8 @@ class Placement:
     """Where a new stream goes, and which pod is removed first.
 
     packed: to the fullest pod that has a slot; the emptiest pod is removed (the stream controller). Else through one
-    of `GATEWAYS` gateways to the pod, of `choices` at random, that carries the fewest streams of that gateway, which
-    knows no others; if that pod is full the client asks again after `RETRY`; and the youngest pod is removed.
+    of the gateways to the pod, of `choices` at random, that carries the fewest streams of that gateway, which knows
+    no others; if that pod is full the client asks again after `RETRY`; and the youngest pod is removed.
     """
 
     name: str
@@ -111,8 +110,8 @@ class Pod:
 class Fleet:
     """Pods and the streams on them; streams are numbers."""
 
-    def __init__(self, slots: int, pods: int, placement: Placement, seed: int) -> None:
-        self.slots, self.placement, self.random = slots, placement, random.Random(seed)
+    def __init__(self, slots: int, pods: int, placement: Placement, seed: int, gateways: int = 1) -> None:
+        self.slots, self.placement, self.random, self.gateways = slots, placement, random.Random(seed), gateways
         self.starting: list[Pod] = []  # by the time at which they are ready
         self.ready: list[Pod] = [Pod(0.0) for _ in range(pods)]
         self.where: dict[int, Pod] = {}
@@ -125,7 +124,7 @@ class Fleet:
         if self.placement.packed:
             pod = next((next(iter(pods)) for pods in reversed(self.by_load[: self.slots]) if pods), None)
         else:
-            pod = self._least_busy(stream % GATEWAYS)
+            pod = self._least_busy(stream % self.gateways)
         if pod is None or len(pod.streams) >= self.slots:
             return False
         self._load(pod, pod.streams | {stream})
@@ -134,7 +133,7 @@ class Fleet:
 
     def _least_busy(self, gateway: int) -> Pod | None:
         seen = self.random.sample(self.ready, min(self.placement.choices, len(self.ready)))
-        return min(seen, key=lambda pod: sum(one % GATEWAYS == gateway for one in pod.streams), default=None)
+        return min(seen, key=lambda pod: sum(one % self.gateways == gateway for one in pod.streams), default=None)
 
     def end(self, stream: int) -> None:
         pod = self.where.pop(stream)
@@ -211,7 +210,7 @@ def simulate(shipped: Shipped, demand: Demand, placement: Placement, seed: int =
     """A day under the shipped autoscaler. Deterministic in its arguments; arrivals depend on the seed alone."""
     generator = np.random.default_rng(seed)
     start = max(shipped.smallest, math.ceil(1.2 * demand.rate(0.0) * demand.life / shipped.slots))
-    fleet = Fleet(shipped.slots, min(start, shipped.largest), placement, seed)
+    fleet = Fleet(shipped.slots, min(start, shipped.largest), placement, seed, shipped.gateways)
     hpa = Hpa(shipped.behavior, shipped.target, shipped.smallest, shipped.largest)
     signal, numbers = Signal(shipped.slots, shipped.start_seconds, buffer), itertools.count()
     wanted, next_sync = len(fleet), WINDOW  # the rules need their window first

@@ -84,7 +84,7 @@ class Shipped:
     sync_seconds: float
     slots: int  # streams a pod
     start_seconds: float  # from a pod's creation until it is ready
-    grace_seconds: float
+    gateways: int
 
     @classmethod
     def of(cls, objects: list[dict[str, Any]]) -> Shipped:
@@ -92,7 +92,6 @@ class Shipped:
         scaler = one(objects, "ScaledObject", "triton")["spec"]
         settings = one(objects, "PrometheusRule", "fastar")["spec"]["groups"][0]["rules"]
         expressions = {rule["record"]: rule["expr"] for rule in settings}
-        pod = one(objects, "Deployment", "triton")["spec"]["template"]["spec"]
         return cls(
             behavior=behavior_of(scaler["advanced"]["horizontalPodAutoscalerConfig"]["behavior"]),
             target=float(scaler["triggers"][0]["metadata"]["threshold"]),
@@ -101,7 +100,7 @@ class Shipped:
             sync_seconds=float(scaler["pollingInterval"]),
             slots=limits(objects).max_streams,
             start_seconds=constant(expressions["fastar:start_seconds"]),
-            grace_seconds=pod["terminationGracePeriodSeconds"],
+            gateways=one(objects, "Deployment", "gateway")["spec"]["replicas"],
         )
 
 

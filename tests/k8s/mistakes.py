@@ -193,7 +193,7 @@ MISTAKES = [
     Mistake(
         "no request of CPU",
         "containers_have_limits",
-        drop("Deployment", "triton", *SERVER, "resources", "requests", "cpu"),
+        drop("Deployment", "gateway", *SERVER, "resources", "requests", "cpu"),
     ),
     Mistake(
         "half a GPU",
@@ -271,11 +271,12 @@ MISTAKES = [
         "streams_are_not_evicted",
         drop("Deployment", "triton", *POD, "priorityClassName"),
     ),
+    Mistake("a thread for every core of the node", "threads_fit_the_cores", unset("args", slice(4, None))),
     Mistake("writable weights", "weights_are_read_only", unset("volumeMounts", 1, "readOnly")),
     Mistake(
         "a flag that is none",
         "server_understands_its_settings",
-        server("args", value=["--max-sessions", "8", "--exit-timeout", "60"]),
+        server("args", 0, value="--limits"),
     ),
     Mistake("a misspelt variable", "server_understands_its_settings", server("env", 1, "name", value="FASTAR_WORLDS")),
     Mistake(

@@ -314,6 +314,14 @@ def streams_are_not_evicted(fleet: Fleet) -> Iterator[str]:
 
 
 @rule
+def threads_fit_the_cores(fleet: Fleet) -> Iterator[str]:
+    """By default there is a thread for every core of the node."""
+    threads, cores = option(fleet.server(), "--threads"), fleet.server()["resources"]["requests"].get("cpu", "0")
+    if threads is None or int(threads) > int(cores):
+        yield f"triton: {threads or 'all'} threads on the {cores} cores that it asks for"
+
+
+@rule
 def weights_are_read_only(fleet: Fleet) -> Iterator[str]:
     for mount in fleet.server()["volumeMounts"]:
         if mount["name"] in ("weights", "limits") and not mount.get("readOnly"):
