@@ -202,7 +202,8 @@ class ExecutionConfig(Config):
     """How the transformer of a world is run. The defaults change no number beyond rounding."""
 
     precision: Literal["auto", "fp8"] = "auto"  # auto: the world's own; fp8: its blocks' linear layers in e4m3
-    # The decoder (and blocks in fp8) by torch.compile, chunks as CUDA graphs; None ("auto"): on a GPU, in half precision.
+    # The decoder (and blocks in fp8) by torch.compile, chunks as CUDA graphs; None ("auto"): on a GPU, in half
+    # precision.
     compile: bool | None = None
 
     @field_validator("compile", mode="before")

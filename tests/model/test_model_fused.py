@@ -35,9 +35,7 @@ def output(dit: CausalDiT, batch: int, frames: int = 3) -> torch.Tensor:
     return dit(x, sigma, None, [attend] * config.layers, cross)
 
 
-@pytest.mark.parametrize(
-    ("heads", "dim"), [(3, 96), (2, 128), (1, 16)]
-)
+@pytest.mark.parametrize(("heads", "dim"), [(3, 96), (2, 128), (1, 16)])
 @pytest.mark.parametrize("batch", [1, 3])
 @torch.inference_mode()
 def test_fused_blocks_are_the_blocks(heads, dim, batch):
