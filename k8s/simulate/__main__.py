@@ -9,7 +9,7 @@ from pathlib import Path
 from k8s.simulate.capacity import table
 from k8s.simulate.fleet import LEAST, PACKED, RANDOM, Demand, simulate
 from k8s.simulate.hpa import Behavior, Policy, Rules
-from k8s.simulate.manifest import ROOT, Shipped, limits, render
+from k8s.simulate.manifest import ROOT, ManifestError, Shipped, limits, render
 from k8s.simulate.plot import draw
 
 KUBERNETES = Behavior(  # what an autoscaler without `behavior` does
@@ -51,20 +51,32 @@ def compare(shipped: Shipped, demand: Demand, seed: int) -> str:
     return "\n".join(lines)
 
 
+def positive(text: str) -> float:
+    value = float(text)
+    if not 0 < value < float("inf"):
+        raise ValueError
+    return value
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(prog="python -m k8s.simulate", description=__doc__)
     parser.add_argument("--overlay", default="prod-h100", help="a folder of k8s/overlays (%(default)s)")
-    parser.add_argument("--streams", type=float, default=Demand.streams, help="live at once, mean (%(default)g)")
-    parser.add_argument("--life", type=float, default=Demand.life, help="seconds of a stream, mean (%(default)g)")
-    parser.add_argument("--crowd", type=float, default=Demand.crowd, help="of the flash crowd (%(default)g)")
-    parser.add_argument("--largest", type=int, help="another maxReplicaCount than what ships")
-    parser.add_argument("--hours", type=float, default=24.0, help="of the day (%(default)g)")
+    parser.add_argument("--streams", type=positive, default=Demand.streams, help="live at once, mean (%(default)g)")
+    parser.add_argument("--life", type=positive, default=Demand.life, help="seconds of a stream, mean (%(default)g)")
+    parser.add_argument("--crowd", type=positive, default=Demand.crowd, help="of the flash crowd (%(default)g)")
+    parser.add_argument(
+        "--largest", type=lambda text: int(positive(text)), help="another maxReplicaCount than what ships"
+    )
+    parser.add_argument("--hours", type=positive, default=24.0, help="of the day (%(default)g)")
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--compare", action="store_true", help="other policies beside the shipped one")
     parser.add_argument("--out", type=Path, default=ROOT / "images" / "day.png", help="(%(default)s)")
     arguments = parser.parse_args()
-    objects = render(ROOT / "overlays" / arguments.overlay)
-    shipped = Shipped.of(objects)
+    try:
+        objects = render(ROOT / "overlays" / arguments.overlay)
+        shipped = Shipped.of(objects)
+    except ManifestError as error:
+        parser.error(str(error))
     if arguments.largest:
         shipped = dataclasses.replace(shipped, largest=arguments.largest)
     demand = Demand(

@@ -214,6 +214,21 @@ def test_the_command(monkeypatch, tmp_path, capsys):
     assert "without the buffer B | gateway" in said
 
 
+@pytest.mark.parametrize(
+    ("option", "value", "said"),
+    [
+        ("--overlay", "prod", "overlays/prod"),
+        ("--streams", "-1", "invalid positive value: '-1'"),
+        ("--life", "nan", "'nan'"),
+    ],
+)
+def test_the_command_says_what_is_wrong(monkeypatch, capsys, option, value, said):
+    monkeypatch.setattr(sys, "argv", ["simulate", option, value])
+    with pytest.raises(SystemExit, match="2"):
+        command.main()
+    assert said in capsys.readouterr().err
+
+
 def test_capacity_comes_from_what_was_measured(shipped):
     assert [capacity.streams_per_gpu(fps) for fps in (10, 16, 20.6, 24, 41.2, 50)] == [4, 2, 2, 1, 1, 0]
     assert shipped.slots == capacity.streams_per_gpu(16)
