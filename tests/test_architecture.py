@@ -154,10 +154,9 @@ def test_both_ends_agree_on_stats_world_options_and_limits(world):
         "a maze", seed=1, start="auto", attention={"kind": "dense"}, measure_recall=True, fps=24.0, encoding="jpeg"
     )
     read = session.read_options(full.as_json())
-    assert read.migrate
     assert (read.seed, read.attention.kind, read.fps, read.encoding) == (1, "dense", 24.0, "jpeg")
     engines = {"seed", "start", "attention", "measure_recall"}
     assert set(stream.StreamOptions.model_fields) == engines
-    assert set(session.StartOptions.model_fields) == engines | {"fps", "encoding", "resume", "fork", "migrate"}
+    assert set(session.StartOptions.model_fields) == engines | {"fps", "encoding", "resume", "fork"}
     assert (engine.PROMPT_BYTES, engine.ACTION_BYTES) == (protocol.MAX_PROMPT_BYTES, protocol.MAX_ACTION_BYTES)
     stream.StreamOptions(seed=protocol.MAX_SEED)
