@@ -84,7 +84,7 @@ def test_upward_imports_are_seen(module, source):
 
 @pytest.mark.parametrize("path", [*PACKAGE, *CLIENT, EDGE], ids=module_of)
 def test_service_does_not_need_training_benchmarks_or_tests(path):
-    outside = ["training", "benchmarks", "tests", "pytest"]
+    outside = ["training", "benchmarks", "tests", "pytest", "k8s"]
     if "evaluation" not in path.parts and path.name != "plots.py":  # which measure: they are no part of the service
         outside += ["matplotlib", "cv2", "vizdoom", "scipy", "torchmetrics", "flip_evaluator"]
     assert not [name for name in imports(path.read_text()) if name.split(".")[0] in outside]
