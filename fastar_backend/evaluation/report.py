@@ -149,6 +149,11 @@ def _main(settings: Settings, rows: Rows) -> list[str]:
         "",
         *table(head, body),
     ]  # fmt: skip
+    beside = [1e3 * row["speed"]["reference"] for row in rows.values() if row["speed"]]
+    if beside:
+        least, most = min(beside), max(beside)
+        lines += [f"A fixed piece of work, timed beside them at that length, took {least:.0f} to {most:.0f} ms: as far "
+                  "apart are the speeds of the machine.", ""]  # fmt: skip
     for mine in ("fastar-quant", "tempcache-quant", "fastar default"):
         if mine in rows and rows[mine]["psnr"] and rows[mine]["speed"]:
             better = tables.ahead(rows, mine)
@@ -182,9 +187,10 @@ def _revisit(settings: Settings, rows: Rows) -> list[str]:
     own = next(f"{row['revisit']['first_truth'].mean:.1f}" for row in rows.values() if row["revisit"]["first_truth"])
     return [
         "## Places seen again", "",
-        f"The player turns away for {AWAY} latent frames and {BACK} back, or {CIRCLE} on the spot (two full circles). "
-        "PSNR (dB) of the columns that come back into the picture and were in none of the frames that a window of the "
-        "same budget holds, predicted after true frames, against the true ones; the gain is paired, chunk by chunk. "
+        f"The player turns away for {AWAY} latent frames and {BACK} back"
+        + (f", or {CIRCLE} on the spot (two full circles)" if "circle" in settings.sizes.revisit_kinds else "")
+        + ". PSNR (dB) of the columns that come back into the picture and were in none of the frames that a window of "
+        "the same budget holds, predicted after true frames, against the true ones; the gain is paired, chunk by chunk. "
         f"Whole frames at a pose seen before, against their first view (the game's own second view: {own} dB). Free "
         "way back: nothing is told any more once the player turns round.", "", *table(head, body),
     ]  # fmt: skip

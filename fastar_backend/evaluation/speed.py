@@ -4,7 +4,8 @@
 
 The caches are filled with random keys and values up to each length (a chunk's cost does not depend on what they hold,
 but for what merges), then chunks are timed: from the call to the frames. Memory: the process's peak since the fill
-(Linux; on a GPU the allocator's). Prints a line of JSON for each mark."""
+(Linux; on a GPU the allocator's). Beside the chunks a fixed piece of work is timed, always the same: where others share
+the machine it tells how fast that was just then. Prints a line of JSON for each mark."""
 
 from __future__ import annotations
 
@@ -67,13 +68,27 @@ def main(job: dict[str, Any]) -> None:
         peak = peak_bytes(device)
         fill(engine, stream, max(0, mark // engine.world.config.frames_per_latent - filled))
         filled = mark // engine.world.config.frames_per_latent
-        seconds, began = [], time.perf_counter()
+        reference, seconds, began = reference_seconds(device), [], time.perf_counter()
         while len(seconds) < CHUNKS and (not seconds or time.perf_counter() - began < SECONDS):
             frames, taken, bytes_held = _timed(engine)
             seconds.append(taken)
         row = {"frame": mark, "fps": frames / sorted(seconds)[len(seconds) // 2], "cache_bytes": bytes_held,
-               "peak_bytes": peak()}  # fmt: skip
+               "peak_bytes": peak(), "reference": (reference + reference_seconds(device)) / 2}  # fmt: skip
         print(json.dumps(row), flush=True)
+
+
+def reference_seconds(device: torch.device) -> float:
+    """Median time of some matrix products."""
+    x, weight = torch.ones(192, 256, device=device), torch.ones(256, 608, device=device)
+    found = []
+    for _ in range(5):
+        began = time.perf_counter()
+        for _ in range(200):
+            x @ weight
+        if device.type == "cuda":
+            torch.cuda.synchronize(device)
+        found.append(time.perf_counter() - began)
+    return sorted(found)[2]
 
 
 def _timed(engine: StreamEngine) -> tuple[int, float, int]:

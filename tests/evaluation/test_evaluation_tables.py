@@ -20,7 +20,8 @@ def unit(part: str, policy: str, scenario: str = "maze", kind: str = "walk", **r
 
 
 def timed(policy: str, fps: dict[int, float]) -> dict:
-    rows = [{"frame": frame, "fps": value, "cache_bytes": 1, "peak_bytes": 2} for frame, value in fps.items()]
+    rest = {"cache_bytes": 1, "peak_bytes": 2, "reference": 3}
+    rows = [{"frame": frame, "fps": value, **rest} for frame, value in fps.items()]
     return unit("speed", policy, rows=rows, stopped=None)
 
 
@@ -109,6 +110,6 @@ def test_speed_is_measured_in_a_process_of_its_own(tiny_world):
     assert [row["frame"] for row in found["rows"]] == [8, 80]
     short, long = found["rows"]
     assert long["cache_bytes"] > short["cache_bytes"]
-    assert all(row["fps"] > 1 and row["peak_bytes"] > 50e6 for row in found["rows"])
+    assert all(row["fps"] > 1 and row["peak_bytes"] > 50e6 and row["reference"] > 0 for row in found["rows"])
     with pytest.raises(FastarError, match="speed: no chunk was timed"):
         speed.measure_speed("/none", "cpu", AttentionConfig(kind="dense"), (8,), 1)
