@@ -191,8 +191,8 @@ def _revisit(settings: Settings, rows: Rows) -> list[str]:
         + (f", or {CIRCLE} on the spot (two full circles)" if "circle" in settings.sizes.revisit_kinds else "")
         + ". PSNR (dB) of the columns that come back into the picture and were in none of the frames that a window of "
         "the same budget holds, predicted after true frames, against the true ones; the gain is paired, chunk by "
-        f"chunk. Whole frames at a pose seen before, against their first view (the game's own second view: {own} dB). Free "
-        "way back: nothing is told any more once the player turns round.", "", *table(head, body),
+        f"chunk. Whole frames at a pose seen before, against their first view (the game's own second view: {own} dB). "
+        "Free way back: nothing is told any more once the player turns round.", "", *table(head, body),
     ]  # fmt: skip
 
 
