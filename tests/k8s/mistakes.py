@@ -79,6 +79,12 @@ def cluster(config: Object) -> Object:
     return config["static_resources"]["clusters"][0]
 
 
+def open_pods(config: Object) -> Object:
+    """The address of those that take new streams."""
+    endpoint = config["static_resources"]["clusters"][1]["load_assignment"]["endpoints"][0]["lb_endpoints"][0]
+    return endpoint["endpoint"]["address"]["socket_address"]
+
+
 def replace_expr(record: str, old: str, new: str) -> Change:
     def change(objects: list[Object]) -> None:
         for group in at(objects, "PrometheusRule", "fastar", "spec", "groups"):
@@ -294,7 +300,7 @@ MISTAKES = [
         "rights for another namespace",
         "objects_share_the_namespace",
         put("RoleBinding", "stream-controller", "subjects", 0, "namespace", value="fastar"),
-        "staging+redis+stream-controller",
+        "staging+redis",
     ),
     Mistake("no Pod Security", "namespace_is_restricted", drop("Namespace", "fastar", "metadata", "labels")),
     Mistake(
@@ -354,13 +360,13 @@ MISTAKES = [
         "may delete pods",
         "rights_are_small",
         put("Role", "stream-controller", "rules", 0, "verbs", value=["get", "list", "watch", "patch", "delete"]),
-        "staging+redis+stream-controller",
+        "staging+redis",
     ),
     Mistake(
         "may read secrets",
         "rights_are_small",
         put("Role", "stream-controller", "rules", 0, "resources", value=["pods", "secrets"]),
-        "staging+redis+stream-controller",
+        "staging+redis",
     ),
     Mistake("a secret in the repository", "no_secrets_inside", add(SECRET)),
     Mistake(
@@ -517,6 +523,31 @@ MISTAKES = [
         "no metrics, no pods",
         "numbers_are_of_this_namespace",
         drop("ScaledObject", "triton", "spec", "triggers", 0, "metadata", "ignoreNullValues"),
+    ),
+    Mistake(
+        "a controller with another target",
+        "controller_knows_the_target",
+        put("Deployment", "stream-controller", *SERVER, "args", 1, value="24"),
+    ),
+    Mistake(
+        "a controller that cannot scrape",
+        "calls_are_allowed",
+        drop("NetworkPolicy", "triton-from-controller"),
+    ),
+    Mistake(
+        "one address for the open pods",
+        "service_is_headless",
+        drop("Service", "triton-open", "spec", "clusterIP"),
+    ),
+    Mistake(
+        "pods that are closed from the start",
+        "selectors_select",
+        put("Deployment", "triton", "spec", "template", "metadata", "labels", "fastar/placement", value="closed"),
+    ),
+    Mistake(
+        "new streams for closed pods",
+        "gateway_finds_the_servers",
+        envoy(lambda config: open_pods(config).update(address="triton")),
     ),
     Mistake(
         "a rate over two scrapes",

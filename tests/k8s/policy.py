@@ -33,7 +33,10 @@ VIEWERS = {  # calls that may pass the gateway
     "/inference.GRPCInferenceService/ModelReady",
     "/grpc.health.v1.Health/Check",
 }
-CLUSTERS = ("triton", "triton-any")  # of Envoy: the servers, by two ways to choose one
+CLUSTERS = {
+    "triton": "triton",
+    "triton-any": "triton-open",
+}  # of Envoy -> Service: all servers; with room for new streams
 OPERATORS = {"or", "and", "unless", "bool", "offset"}
 
 
@@ -420,8 +423,8 @@ def references_resolve(fleet: Fleet) -> Iterator[str]:
 def service_is_headless(fleet: Fleet) -> Iterator[str]:
     for item in fleet.of("Service"):
         spec = item["spec"]
-        if item["metadata"]["name"] == "triton" and spec.get("clusterIP") != "None":
-            yield "Service triton: hides the pods behind one address"
+        if item["metadata"]["name"] in CLUSTERS.values() and spec.get("clusterIP") != "None":
+            yield f"Service {item['metadata']['name']}: hides the pods behind one address"
         if spec.get("type", "ClusterIP") != "ClusterIP" or spec.get("publishNotReadyAddresses"):
             yield f"Service {item['metadata']['name']}: is open to the outside, or names pods that are not ready"
 
@@ -527,8 +530,9 @@ def scraping_is_allowed(fleet: Fleet) -> Iterator[str]:
 def calls_are_allowed(fleet: Fleet) -> Iterator[str]:
     names = [name for name, _, _ in fleet.pods()]
     calls = [("gateway", "triton", "grpc"), ("triton", "otel-collector", "otlp-http"), ("triton", "redis", "redis")]
+    calls += [("stream-controller", "triton", "metrics")]
     for source, target, port in calls:
-        if target not in names:
+        if not {source, target} <= set(names):
             continue
         if not allowed(fleet, source, "egress", target, port) or not allowed(fleet, target, "ingress", source, port):
             yield f"NetworkPolicy: {source} cannot call {target}:{port}"
@@ -638,6 +642,16 @@ def numbers_are_of_this_namespace(fleet: Fleet) -> Iterator[str]:
 
 
 @rule
+def controller_knows_the_target(fleet: Fleet) -> Iterator[str]:
+    """Streams of a pod are slow below the rate that the rules call F."""
+    wanted = {found["expr"] for found in fleet.rules() if found.get("record") == "fastar:fps_target"}
+    for _, _, spec in fleet.pods("stream-controller"):
+        target = option(spec["containers"][0], "--target")
+        if {f"vector({target})"} != wanted:
+            yield f"stream-controller: --target {target} is not fastar:fps_target, {', '.join(wanted)}"
+
+
+@rule
 def rates_see_enough_samples(fleet: Fleet) -> Iterator[str]:
     interval = 0.0
     for item in fleet.of("PodMonitor"):
@@ -730,12 +744,14 @@ def gateway_is_no_back_door(fleet: Fleet) -> Iterator[str]:
 @rule
 def gateway_finds_the_servers(fleet: Fleet) -> Iterator[str]:
     ports = {s["metadata"]["name"]: [p["port"] for p in s["spec"]["ports"]] for s in fleet.of("Service")}
-    for name in CLUSTERS:
+    for name, service in CLUSTERS.items():
         cluster = fleet.cluster(name)
         endpoint = cluster["load_assignment"]["endpoints"][0]["lb_endpoints"][0]["endpoint"]
         address = endpoint["address"]["socket_address"]
         if cluster["type"] != "STRICT_DNS" or address["port_value"] not in ports.get(address["address"], []):
             yield f"Envoy: {cluster['type']} {address['address']}:{address['port_value']} does not name every pod"
+        if address["address"] != service:
+            yield f"Envoy: {name} asks {address['address']}, not {service}: pins and new streams need other pods"
 
 
 @rule

@@ -19,7 +19,7 @@ VARIANTS = {
     "prod-h100": ("prod-h100", ()),
     "prod-h100+dra": ("prod-h100", ("dra",)),
     "staging+hpa-native": ("staging", ("hpa-native",)),
-    "staging+redis+stream-controller": ("staging", ("redis", "stream-controller")),
+    "staging+redis": ("staging", ("redis",)),
 }
 
 

@@ -1,0 +1,3 @@
+from fastar_controller.cli import main
+
+main()
