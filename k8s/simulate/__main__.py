@@ -7,7 +7,7 @@ import dataclasses
 from pathlib import Path
 
 from k8s.simulate.capacity import table
-from k8s.simulate.fleet import LEAST, PACKED, RANDOM, Demand, simulate
+from k8s.simulate.fleet import CONTROLLED, LEAST, PACKED, RANDOM, Demand, simulate
 from k8s.simulate.hpa import Behavior, Policy, Rules
 from k8s.simulate.manifest import ROOT, ManifestError, Shipped, limits, render
 from k8s.simulate.plot import draw
@@ -41,8 +41,8 @@ def compare(shipped: Shipped, demand: Demand, seed: int) -> str:
     """Markdown: each variant, with the stream controller's placement, and with the gateway's."""
     lines = [f"| policy | placement | {' | '.join(FIGURES)} |", f"|{'---|' * (len(FIGURES) + 2)}"]
     for name, (policy, buffer) in variants(shipped).items():
-        placements = {"controller": PACKED, "gateway": LEAST} | (
-            {"any pod": RANDOM} if policy is shipped and buffer else {}
+        placements = {"controller": CONTROLLED, "gateway": LEAST} | (
+            {"ideal": PACKED, "any pod": RANDOM} if policy is shipped and buffer else {}
         )
         for label, placement in placements.items():
             values = simulate(policy, demand, placement, seed, buffer).summary()
@@ -82,7 +82,7 @@ def main() -> None:
     demand = Demand(
         streams=arguments.streams, life=arguments.life, crowd=arguments.crowd, seconds=3600 * arguments.hours
     )
-    runs = {placement.name: simulate(shipped, demand, placement, arguments.seed) for placement in (LEAST, PACKED)}
+    runs = {placement.name: simulate(shipped, demand, placement, arguments.seed) for placement in (LEAST, CONTROLLED)}
     for name, run in runs.items():
         print(f"{name}: {', '.join(f'{key} {value:.4g}' for key, value in run.summary().items())}")
     title = (

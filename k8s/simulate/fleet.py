@@ -15,12 +15,17 @@ import random
 
 import numpy as np
 
+from k8s.controller.fastar_controller import placement as controller
 from k8s.simulate.hpa import Hpa
 from k8s.simulate.manifest import Shipped
 
 TICK = 5.0  # seconds
 LAG = 30.0  # scrape, rules, KEDA
 RETRY = 10.0  # seconds until a refused client asks again
+SEEN = (
+    10.0  # from the controller's look until the gateways follow: the pod's label, the Service, their next look at DNS
+)
+ROOM = 8  # free slots that the controller keeps open, at least; as components/stream-controller says
 WINDOW = 300.0  # of the rules' rate() and deriv()
 DAY = 86400.0
 
@@ -48,18 +53,21 @@ class Demand:
 class Placement:
     """Where a new stream goes, and which pod is removed first.
 
-    packed: to the fullest pod that has a slot; the emptiest pod is removed (the stream controller). Else through one
-    of the gateways to the pod, of `choices` at random, that carries the fewest streams of that gateway, which knows
-    no others; if that pod is full the client asks again after `RETRY`; and the youngest pod is removed.
+    packed: to the fullest pod that has a slot; the emptiest pod is removed: as if everything were known at once. Else
+    through one of the gateways to the pod, of `choices` at random, that carries the fewest streams of that gateway,
+    which knows no others; if that pod is full the client asks again after `RETRY`; and the youngest pod is removed.
+    controlled: the gateways know only the pods that the stream controller keeps open, and the emptiest is removed.
     """
 
     name: str
     packed: bool = False
     choices: int = 1
+    controlled: bool = False
 
 
-PACKED = Placement("stream controller: fullest pod first, emptiest removed first", packed=True)
-LEAST = Placement("as shipped: least busy of 10 pods, youngest removed first", choices=10)  # envoy.yaml
+PACKED = Placement("ideal: fullest pod first, emptiest removed first", packed=True)
+CONTROLLED = Placement("stream controller: fullest pods open, emptiest removed first", choices=10, controlled=True)
+LEAST = Placement("gateway alone: least busy of 10 pods, youngest removed first", choices=10)  # envoy.yaml
 RANDOM = Placement("any pod, youngest removed first")
 
 
@@ -100,11 +108,12 @@ class Run:
 
 
 class Pod:
-    __slots__ = ("ready_at", "streams")
+    __slots__ = ("open", "ready_at", "streams")
 
     def __init__(self, ready_at: float) -> None:
         self.ready_at = ready_at
         self.streams: set[int] = set()
+        self.open = True  # its label
 
 
 class Fleet:
@@ -116,6 +125,10 @@ class Fleet:
         self.ready: list[Pod] = [Pod(0.0) for _ in range(pods)]
         self.where: dict[int, Pod] = {}
         self.by_load = [set(self.ready), *(set() for _ in range(slots))]
+        self.known = list(self.ready)  # to the gateways
+        self.closed: collections.deque[tuple[float, set[Pod]]] = (
+            collections.deque()
+        )  # seen by the gateways from then on
 
     def __len__(self) -> int:
         return len(self.starting) + len(self.ready)
@@ -132,7 +145,7 @@ class Fleet:
         return True
 
     def _least_busy(self, gateway: int) -> Pod | None:
-        seen = self.random.sample(self.ready, min(self.placement.choices, len(self.ready)))
+        seen = self.random.sample(self.known, min(self.placement.choices, len(self.known)))
         return min(seen, key=lambda pod: sum(one % self.gateways == gateway for one in pod.streams), default=None)
 
     def end(self, stream: int) -> None:
@@ -148,23 +161,38 @@ class Fleet:
             if self.starting:  # a ReplicaSet removes pods that are not ready first
                 self.starting.pop()
                 continue
-            if self.placement.packed:
+            if self.placement.packed or self.placement.controlled:
                 pod = next(next(iter(pods)) for pods in self.by_load if pods)
             else:
                 pod = max(self.ready, key=lambda pod: pod.ready_at)
             lost += pod.streams
             self.ready.remove(pod)
             self.by_load[len(pod.streams)].discard(pod)
+        self.known = [pod for pod in self.known if pod in self.by_load[len(pod.streams)]]
         for stream in lost:
             del self.where[stream]
         return lost
 
     def arrive(self, now: float) -> None:
-        """Pods that have started take streams."""
+        """Pods that have started take streams; the controller looks, and the gateways follow."""
         while self.starting and self.starting[0].ready_at <= now:
             pod = self.starting.pop(0)
             self.ready.append(pod)
+            self.known.append(pod)
             self.by_load[0].add(pod)
+        if self.placement.controlled:
+            self._control(now)
+
+    def _control(self, now: float) -> None:
+        pods = {str(index): pod for index, pod in enumerate(sorted(self.ready, key=lambda pod: pod.ready_at))}
+        views = [controller.Pod(name, len(pod.streams), self.slots, pod.open) for name, pod in pods.items()]
+        opened = controller.open_pods(views, controller.room_wanted(views, ROOM))
+        for name, pod in pods.items():
+            pod.open = name in opened
+        self.closed.append((now + SEEN, {pod for pod in self.ready if not pod.open}))
+        while self.closed and self.closed[0][0] <= now:
+            _, closed = self.closed.popleft()
+            self.known = [pod for pod in self.ready if pod not in closed]
 
     def _load(self, pod: Pod, streams: set[int]) -> None:
         self.by_load[len(pod.streams)].discard(pod)

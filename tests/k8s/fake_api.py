@@ -114,8 +114,9 @@ class Api(Served):
         super().__init__(Handler)
         self.url = f"http://127.0.0.1:{self.port}"
 
-    def add(self, name: str, server: Server, ready: bool = True) -> None:
-        ports = [{"name": "grpc", "containerPort": 1}, {"name": "metrics", "containerPort": server.port}]
+    def add(self, name: str, port: int, ready: bool = True) -> None:
+        """port: of its /metrics, on 127.0.0.1."""
+        ports = [{"name": "grpc", "containerPort": 1}, {"name": "metrics", "containerPort": port}]
         with self.lock:
             self.pods[name] = {
                 "apiVersion": "v1",
@@ -223,7 +224,7 @@ def fleet(*loads: tuple[int, int]) -> Iterator[tuple[Api, list[Server]]]:
     """An API server with pods triton-0, ..., which carry (streams, slots) each."""
     api, servers = Api(), [Server(*load) for load in loads]
     for index, server in enumerate(servers):
-        api.add(f"triton-{index}", server)
+        api.add(f"triton-{index}", server.port)
     try:
         yield api, servers
     finally:

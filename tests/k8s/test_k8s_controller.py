@@ -41,7 +41,7 @@ def test_costs_follow_the_streams_and_nothing_else_is_written():
         assert process.metric("leader") == 1
         assert process.get("/healthz") == "ok\n"
         other = Server(4, 4)
-        api.add("triton-3", other)
+        api.add("triton-3", other.port)
         del api.pods["triton-0"]
         eventually(lambda: api.costs() == {"triton-1": "100", "triton-2": "200", "triton-3": "400"})
         other.stop()

@@ -14,9 +14,22 @@ from rendered import rendered
 
 from k8s.simulate import __main__ as command
 from k8s.simulate import capacity
-from k8s.simulate.fleet import LEAST, PACKED, RANDOM, TICK, Demand, Fleet, Signal, simulate, slope
+from k8s.simulate.fleet import (
+    CONTROLLED,
+    LEAST,
+    PACKED,
+    RANDOM,
+    ROOM,
+    SEEN,
+    TICK,
+    Demand,
+    Fleet,
+    Signal,
+    simulate,
+    slope,
+)
 from k8s.simulate.hpa import Behavior, Hpa, Policy, Rules
-from k8s.simulate.manifest import ManifestError, Shipped, behavior_of, constant, limits
+from k8s.simulate.manifest import ManifestError, Shipped, behavior_of, constant, limits, one
 from k8s.simulate.plot import draw
 
 LOG = json.loads(Path(__file__).with_name("hpa_log.json").read_text())
@@ -119,7 +132,7 @@ def test_the_policy_is_read_from_the_manifest(shipped):
         Shipped.of(rendered("staging+hpa-native"))
 
 
-@pytest.mark.parametrize("placement", [PACKED, LEAST, RANDOM])
+@pytest.mark.parametrize("placement", [PACKED, CONTROLLED, LEAST, RANDOM])
 def test_a_fleet_keeps_count(placement):
     generator = np.random.default_rng(3)
     fleet, live, number = Fleet(slots=3, pods=5, placement=placement, seed=1), set(), 0
@@ -137,6 +150,7 @@ def test_a_fleet_keeps_count(placement):
         assert fleet.where.keys() == live
         assert sum(len(pod.streams) for pod in fleet.ready) == len(live)
         assert all(len(pod.streams) <= 3 for pod in fleet.ready)
+        assert set(fleet.known) <= set(fleet.ready)
         assert [len(pods) for pods in fleet.by_load] == [
             sum(len(pod.streams) == load for pod in fleet.ready) for load in range(4)
         ]
@@ -156,6 +170,17 @@ def test_packed_streams_fill_pods_and_empty_ones_go_first():
     assert fleet.place(9)
 
 
+def test_the_gateways_follow_the_controller_a_while_later():
+    fleet = Fleet(slots=4, pods=6, placement=CONTROLLED, seed=0)
+    fleet.arrive(0.0)
+    assert sum(pod.open for pod in fleet.ready) == 4, "until twice as many slots are free as are kept, those stay open"
+    assert len(fleet.known) == 6
+    fleet.arrive(SEEN)
+    assert set(fleet.known) == {pod for pod in fleet.ready if pod.open}
+    deployment = one(rendered("prod-h100"), "Deployment", "stream-controller")["spec"]["template"]["spec"]
+    assert deployment["containers"][0]["args"][-2:] == ["--room", str(ROOM)]
+
+
 def test_the_signal_is_the_rules():
     """Steady: D + max(N, 2 sqrt(lambda T)); growing: and the trend."""
     signal = Signal(slots=2, start_seconds=240, buffer=True)
@@ -173,8 +198,9 @@ def test_the_signal_is_the_rules():
 
 
 def test_a_day_under_what_ships(shipped):
-    packed, loose, blind = (simulate(shipped, SHORT, placement, seed=1) for placement in (PACKED, LEAST, RANDOM))
-    for run in (packed, loose, blind):
+    placements = (PACKED, CONTROLLED, LEAST, RANDOM)
+    packed, kept, loose, blind = (simulate(shipped, SHORT, placement, seed=1) for placement in placements)
+    for run in (packed, kept, loose, blind):
         assert run.asked.min() >= shipped.smallest
         assert run.asked.max() <= shipped.largest
         assert (run.active <= run.ready * run.slots).all()
@@ -182,6 +208,8 @@ def test_a_day_under_what_ships(shipped):
         assert crowd.max() > 1.5 * run.asked[run.at < SHORT.crowd_at].max()
     assert len(packed.waits) == pytest.approx(len(loose.waits), rel=0.01), "the same viewers"
     assert (loose.waits > TICK).mean() < 0.5 * (blind.waits > TICK).mean(), "why the gateway looks for room"
+    assert (kept.waits > TICK).mean() < 0.5 * (loose.waits > TICK).mean(), "why there is a controller"
+    assert kept.moved.sum() <= 0.1 * max(loose.moved.sum(), 10)
     assert packed.moved.sum() <= 0.1 * max(loose.moved.sum(), 10)
     assert (packed.waits > TICK).mean() < 0.1
     assert packed.waits.max() < 2 * shipped.start_seconds
@@ -210,7 +238,7 @@ def test_the_command(monkeypatch, tmp_path, capsys):
     command.main()
     said = capsys.readouterr().out
     assert picture.exists()
-    assert said.count("| **as shipped** |") == 3
+    assert said.count("| **as shipped** |") == 4
     assert "without the buffer B | gateway" in said
 
 
