@@ -162,7 +162,7 @@ class Fleet:
                 self.starting.pop()
                 continue
             if self.placement.packed or self.placement.controlled:
-                pod = next(next(iter(pods)) for pods in self.by_load if pods)
+                pod = min(self.ready, key=lambda pod: (len(pod.streams), -pod.ready_at))
             else:
                 pod = max(self.ready, key=lambda pod: pod.ready_at)
             lost += pod.streams

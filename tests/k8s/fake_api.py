@@ -11,12 +11,16 @@ import contextlib
 import http.server
 import json
 import re
+import sys
 import threading
 import time
 import urllib.parse
 from collections.abc import Iterator
+from pathlib import Path
 from typing import Any
 
+CODE = Path(__file__).parents[2] / "k8s" / "controller"  # a package of its own, not necessarily installed
+sys.path.insert(0, str(CODE))
 NAMESPACE = "fastar"
 MICRO = r"\d{4}-\d\d-\d\dT\d\d:\d\d:\d\d\.\d{6}(Z|\+00:00)"  # the only form of MicroTime that Go reads
 

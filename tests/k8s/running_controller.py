@@ -9,11 +9,9 @@ import subprocess
 import sys
 import urllib.request
 from collections.abc import Iterator
-from pathlib import Path
 
-from fake_api import NAMESPACE, Api
+from fake_api import CODE, NAMESPACE, Api
 
-CODE = Path(__file__).parents[2] / "k8s" / "controller"
 QUICK = {"interval": 0.1, "timeout": 0.5, "window": 0.5, "hold": 0.4, "misses": 3, "lease-seconds": 1, "room": 1}
 
 

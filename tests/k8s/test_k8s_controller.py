@@ -6,8 +6,8 @@ import time
 
 import pytest
 import yaml
-from fake_api import Server, eventually, fleet
-from running_controller import CODE, controller
+from fake_api import CODE, Server, eventually, fleet
+from running_controller import controller
 
 pytest.importorskip("kubernetes")
 META = {"annotations": {"controller.kubernetes.io/pod-deletion-cost"}, "labels": {"fastar/placement"}}

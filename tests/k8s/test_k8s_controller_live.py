@@ -7,11 +7,11 @@ import asyncio
 import pytest
 from fake_api import Api, eventually
 from fastar_client import connect
+from fastar_controller.health import slowest_tenth
+from fastar_controller.scrape import scrape
 from running_controller import controller
 
 from fastar_backend.serve import Server, ServeSettings
-from k8s.controller.fastar_controller.health import slowest_tenth
-from k8s.controller.fastar_controller.scrape import scrape
 
 pytestmark = pytest.mark.server
 pytest.importorskip("kubernetes")

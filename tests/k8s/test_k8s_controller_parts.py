@@ -7,16 +7,12 @@ import subprocess
 import sys
 
 import pytest
-from fake_api import Server
-from running_controller import CODE
-
-pytest.importorskip("kubernetes")
-sys.path.insert(0, str(CODE))
-
+from fake_api import CODE, Server
 from fastar_controller.health import Health, Limits, slowest_tenth
 from fastar_controller.placement import Pod, open_pods, room_wanted
 from fastar_controller.scrape import Reading, ScrapeError, parse, scrape
 
+pytest.importorskip("kubernetes")
 LIMITS = Limits(target=16.0, window=60.0, hold=30.0, misses=3)
 
 
