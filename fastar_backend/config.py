@@ -145,6 +145,7 @@ class AttentionConfig(Config):
     recent_frames: int = Field(6, ge=1, le=4096)  # newest latent frames, never dropped nor merged (fastar)
     # TempCache
     merge_threshold: float = Field(0.95, ge=-1, le=1)  # cosine of two keys above which they are one group
+    merge_early: bool = False  # also while the memory has room for a whole frame: nothing would have to be merged yet
     representative: Literal["last", "mean"] = "last"
     weight: Literal["count", "effective", "none"] = "count"  # log of it is the group's logit bias
     match: Literal["key", "query"] = "key"  # what looks for its group: the new keys (ours) or the queries (paper)
@@ -176,7 +177,7 @@ class AttentionConfig(Config):
         The hard budget is ours: the paper has none."""
         return cls(
             budget_frames=budget_frames, recent_frames=chunk_frames, merge_threshold=0.9, representative="last",
-            weight="count", match="query", fold_threshold=1.0, index="quantised", sparse_density=0.28, dense_steps=0.3,
+            weight="count", match="query", fold_threshold=1.0, merge_early=True, index="quantised", sparse_density=0.28, dense_steps=0.3,
             sparse_order="bucket", select_text=True,
         )  # fmt: skip
 

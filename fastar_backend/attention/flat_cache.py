@@ -201,6 +201,8 @@ class FlatCaches:
         new = ops.Groups(key, self.values[heads, rows], code, torch.ones_like(usage), usage)
         similarity, match = ops.nearest(code, held.code, first)
         joins = similarity > self.config.merge_threshold
+        if not self.config.merge_early:
+            joins &= (first < size)[:, None]  # so many slots are free
         # Newcomers that join no group: the most used of them replace free slots, then the least used groups.
         worth, newcomer = usage.masked_fill(joins, -2.0).sort(-1, descending=True)
         full, index = held.count[:, :slots] > 0, match.clamp(min=0).long()

@@ -125,21 +125,22 @@ def cosine(a: Tensor, b: Tensor) -> float:
 
 
 def merge(groups: list[Group], leaving: list[Group], threshold: float, budget: int, match: str = "key",
-          fold: float = 0.7) -> list[Group]:  # fmt: skip
+          fold: float = 0.7, early: bool = False) -> list[Group]:  # fmt: skip
     """TempCache, one head: the groups after the tokens of leaving frames have met them.
 
     A token's match is the nearest group of its key (of its query: the paper); it joins if their *keys*' cosine exceeds
-    the threshold. The last member is the representative. Tokens without a group found one; beyond `budget` groups
-    the least used that nobody has just joined give way, one for one, to newcomers that are used more. Who has no
-    place is folded into the nearest group (count and mean value, not the key) if their keys' cosine exceeds `fold`,
+    the threshold, unless (not `early`) there is room for all who leave. The last member is the representative. Tokens
+    without a group found one; beyond `budget` groups the least used that nobody has just joined give way, one for one,
+    to newcomers that are used more. Who has no place is folded into the nearest group (count and mean value, not the key) if their keys' cosine exceeds `fold`,
     or dropped.
     """
+    room = not early and len(groups) + len(leaving) <= budget
     joining: dict[int, list[Group]] = {}
     newcomers = []
     for token in leaving:
         probe = token.query if match == "query" else token.key
         nearest = max(range(len(groups)), key=lambda i: cosine(probe, groups[i].key), default=None)
-        if nearest is not None and cosine(token.key, groups[nearest].key) > threshold:
+        if nearest is not None and not room and cosine(token.key, groups[nearest].key) > threshold:
             joining.setdefault(nearest, []).append(token)
         else:
             newcomers.append(token)
@@ -176,10 +177,10 @@ class TempCache:
     """One layer of one stream; per head, groups (`memory`), and sinks and newest frames token by token (`frames`)."""
 
     def __init__(self, heads: int, layout: Layout, *, budget: int, sinks: int, recent: int, threshold: float,
-                 match: str = "key", fold: float = 0.7) -> None:  # fmt: skip
+                 match: str = "key", fold: float = 0.7, early: bool = False) -> None:  # fmt: skip
         """budget: groups. sinks, recent: whole frames."""
         self.layout, self.budget, self.sinks, self.recent = layout, budget, sinks, recent
-        self.threshold, self.match, self.fold = threshold, match, fold
+        self.threshold, self.match, self.fold, self.early = threshold, match, fold, early
         self.memory: list[list[Group]] = [[] for _ in range(heads)]
         self.frames: list[list[Group]] = [[] for _ in range(heads)]
 
@@ -214,7 +215,7 @@ class TempCache:
                 leaving = self.frames[head][first : first + size]
                 del self.frames[head][first : first + size]
                 self.memory[head] = merge(
-                    self.memory[head], leaving, self.threshold, self.budget, self.match, self.fold
+                    self.memory[head], leaving, self.threshold, self.budget, self.match, self.fold, self.early
                 )
                 surplus -= size
 

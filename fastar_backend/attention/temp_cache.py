@@ -1,8 +1,8 @@
 """TempCache (paper, section on temporal cache compression): keys that recur across frames become one group.
 
 Newest frames stay whole. A frame that leaves them is merged, token by token and head by head, into a memory of at most
-`budget` groups: its nearest group (ANN top-1) takes it in when their keys' cosine exceeds the threshold; otherwise it
-founds a group. A group has one key, the mean of its members' values, and the logit bias log(count), which is exact when
+`budget` groups: its nearest group (ANN top-1) takes it in when their keys' cosine exceeds the threshold; otherwise, and
+as long as the memory has room for the whole frame, it founds a group: until the budget is full, nothing is lost. A group has one key, the mean of its members' values, and the logit bias log(count), which is exact when
 the members' keys are equal. That is where the clamp of temporal distance helps: members that left the newest frames
 share one temporal position, so equal content means equal keys (under plain rotary positions it does not, and the
 log-count law fails).
@@ -130,6 +130,8 @@ class TempCache(SparseCache):
         found = match.clamp(min=0)
         similarity = F.cosine_similarity(raw.float(), _rows(self.index, found), dim=-1)
         joins = (match >= 0) & (similarity > config.merge_threshold)
+        if not config.merge_early:
+            joins &= ((~held).sum(-1) < keys.shape[1])[:, None]
 
         # Newcomers that join no group: the most used of them replace free slots, then the least used groups.
         rank = usage.masked_fill(joins, -2.0)

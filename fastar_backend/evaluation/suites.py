@@ -88,6 +88,7 @@ def ablations(budget: int) -> dict[str, dict[str, Any]]:
         "weight none": {"weight": "none"},
         "weight effective": {"weight": "effective"},
         "matched by queries": {"match": "query"},
+        "merged early": {"merge_early": True},
         "overflow dropped": {"fold_threshold": 1.0},
         "overflow folded, however far": {"fold_threshold": -1.0},
         "index exact": {"index": "exact"},

@@ -226,7 +226,7 @@ class Flat:
         return outs
 
 
-FLAT = AttentionConfig(budget_frames=5, recent_frames=3, sparse_density=0.3, guard="observe")
+FLAT = AttentionConfig(budget_frames=5, recent_frames=3, merge_early=True, sparse_density=0.3, guard="observe")
 
 
 def test_the_gpus_caches_measure_what_their_attention_gave():

@@ -99,7 +99,7 @@ def test_start_far_in_time_changes_nothing(policy):
 
 @EACH_POLICY
 def test_unused_room_never_leaks(policy):
-    shape, config = shape_of(), config_of(policy)
+    shape, config = shape_of(), config_of(policy).model_copy(update={"merge_early": True})  # heads fill unevenly
     qkv = tokens(shape, 8 * CHUNK, seed=5, change=0.3)
 
     def poison(cache: FrameCache) -> None:
@@ -120,7 +120,7 @@ def test_unused_room_never_leaks(policy):
 def test_memory_fills_unevenly_between_heads():
     """What the poisoned slots above rely on: heads differ in how many groups they hold."""
     shape = shape_of()
-    config = AttentionConfig(budget_frames=16, recent_frames=3)
+    config = AttentionConfig(merge_early=True, budget_frames=16, recent_frames=3)
     run = drive(shape, config, tokens(shape, 5 * CHUNK, seed=5, change=0.3))
     assert isinstance(run.cache, TempCache)
     assert len(set((run.cache.count > 0).sum(1).tolist())) > 1

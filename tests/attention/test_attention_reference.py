@@ -69,6 +69,7 @@ def test_window_cache_is_whole_sequence_attention_to_the_window(sizes, window, s
 TEMP_CACHES = [
     pytest.param({"budget_frames": 3, "recent_frames": 2}, id="small"),
     pytest.param({"budget_frames": 12, "recent_frames": 1}, id="never full"),
+    pytest.param({"budget_frames": 12, "recent_frames": 1, "merge_early": True}, id="merges early"),
     pytest.param({"budget_frames": 5, "sink_frames": 1, "recent_frames": 3}, id="sinks"),
     pytest.param({"budget_frames": 4, "recent_frames": 2, "merge_threshold": 0.5}, id="low threshold"),
     pytest.param({"budget_frames": 4, "recent_frames": 2, "merge_threshold": -1.0}, id="all merge"),
@@ -98,6 +99,7 @@ def test_temp_cache(sizes, settings, dtype):
         threshold=config.merge_threshold,
         match=config.match,
         fold=config.fold_threshold,
+        early=config.merge_early,
     )
     for chunk in range(chunks):
         part = [x[:, chunk * shape.chunk_tokens : (chunk + 1) * shape.chunk_tokens] for x in qkv]
