@@ -129,10 +129,10 @@ def merge(groups: list[Group], leaving: list[Group], threshold: float, budget: i
     """TempCache, one head: the groups after the tokens of leaving frames have met them.
 
     A token's match is the nearest group of its key (of its query: the paper); it joins if their *keys*' cosine exceeds
-    the threshold, unless (not `early`) there is room for all who leave. The last member is the representative. Tokens
-    without a group found one; beyond `budget` groups the least used that nobody has just joined give way, one for one,
-    to newcomers that are used more. Who has no place is folded into the nearest group (count and mean value, not the key) if their keys' cosine exceeds `fold`,
-    or dropped.
+    the threshold, unless (not `early`) there is room for all who leave. The last member is the representative.
+    Tokens without a group found one; beyond `budget` groups the least used that nobody has just joined give way,
+    one for one, to newcomers that are used more. Who has no place is folded into the nearest group (count and mean
+    value, not the key) if their keys' cosine exceeds `fold`, or dropped.
     """
     room = not early and len(groups) + len(leaving) <= budget
     joining: dict[int, list[Group]] = {}

@@ -2,10 +2,10 @@
 
 Newest frames stay whole. A frame that leaves them is merged, token by token and head by head, into a memory of at most
 `budget` groups: its nearest group (ANN top-1) takes it in when their keys' cosine exceeds the threshold; otherwise, and
-as long as the memory has room for the whole frame, it founds a group: until the budget is full, nothing is lost. A group has one key, the mean of its members' values, and the logit bias log(count), which is exact when
-the members' keys are equal. That is where the clamp of temporal distance helps: members that left the newest frames
-share one temporal position, so equal content means equal keys (under plain rotary positions it does not, and the
-log-count law fails).
+as long as the memory has room for the whole frame, it founds a group: until the budget is full, nothing is lost. A
+group has one key, the mean of its members' values, and the logit bias log(count), which is exact when the members' keys
+are equal. That is where the clamp of temporal distance helps: members that left the newest frames share one temporal
+position, so equal content means equal keys (under plain rotary positions it does not, and the log-count law fails).
 
 The budget is hard. When it is full, the groups with the least attention mass (a running mean over chunks) give way to
 newcomers with more. Whoever loses is folded into its nearest group, unless that is too far (`fold_threshold`): the
