@@ -233,6 +233,8 @@ class Link:
                     except Exception as error:
                         failure = error
             if failure is not None and not self.over:
+                if isinstance(failure, ServerUnavailable):
+                    self._transport.leave(self._call)
                 if self._may_recover(failure):
                     await self._recover(failure)
                     gone = self.broken
@@ -323,6 +325,7 @@ class Link:
             except FastarError as caught:
                 if left > 0 and may_pass(caught):
                     failure = caught
+                    self._transport.leave(self._call)
                     await asyncio.sleep(min(wait * random.uniform(0.5, 1.5), left))
                     wait = min(2 * wait, BACK_OFF[1])
                     continue
@@ -380,7 +383,9 @@ class Link:
             for number in range(stats.chunk + 1, history.next):
                 sent = self._send_replayed(history[number], max(sent, received))
                 await self._replay(number, history[number], received)
-        self.controls.requeue(self.controls.open(received))
+        if again := self.controls.open(received):  # and all after them, so that a pause does not follow its end
+            unsent = [c for c in self.controls.open(self.controls.last) if c.id > max(sent, received)]
+            self.controls.requeue([*again, *unsent])
         if not fresh and self.options.encoding == "h264":
             self.controls.add("encoding", "h264")  # the replayed packets are dropped: begin anew with the next ones
         self.broken = False

@@ -22,7 +22,7 @@ from typing import Any
 
 import numpy as np
 
-from fastar_client.errors import ServerError, invalid
+from fastar_client.errors import ServerError, ServerUnavailable, invalid
 
 MODEL = "fastar"
 ACTIONS, PROMPT, OPTIONS, CONTROL = INPUTS = ("ACTIONS", "PROMPT", "OPTIONS", "CONTROL")
@@ -31,6 +31,7 @@ END_ACTION = "end"  # alone in the request that ends a sequence: generate nothin
 CONTROL_ACTION = "control"  # alone in a request that is a control
 ENCODINGS = ("raw", "jpeg", "h264")
 TENANT_HEADER = "x-fastar-tenant"
+MIGRATE_HEADER = "x-fastar-migrate"  # "1": we know what `migrate` in STATS asks of us
 MAX_BLEND_CHUNKS = 64
 MAX_PROMPT_BYTES = 4096
 MAX_ACTION_BYTES = 256
@@ -244,9 +245,12 @@ def utf8_bytes(field: str, text: str) -> int:
 
 
 def parse_reply(reply: Reply) -> ChunkStats | ControlReply:
-    """What a reply says; its video is still to be decoded. Raises ServerError where it breaks the contract."""
+    """What a reply says; its video is still to be decoded. Raises ServerError where it breaks the contract,
+    and ServerUnavailable where the server drains: it has stored the stream, which is to be resumed elsewhere."""
     text = reply.stats.tobytes()
     values = parse_json(text)
+    if values.get("migrate") is not None:
+        raise ServerUnavailable("server: it drains; the stream goes on by its token, on another server")
     try:
         if (control := values.get("control")) is not None:
             return ControlReply(control["id"], control["error"], int(values["received"]))

@@ -14,6 +14,7 @@ from fastar_client.link import Settings
 from fastar_client.protocol import (
     END_ACTION,
     IN_FLIGHT,
+    MIGRATE_HEADER,
     STATS,
     TENANT_HEADER,
     ChunkRequest,
@@ -40,6 +41,8 @@ def connect(
 ) -> Connection:
     """A connection to a Triton server's gRPC port, to be entered with `async with`.
 
+    url: host:port; or several joined by commas, of servers with the same snapshots: the first that answers is used, and
+    streams go on at the next one where theirs drains or is gone.
     timeout: seconds without any answer after which a stream raises TimedOut.
     connect_timeout: seconds for connecting and for health checks.
     reconnect_seconds: for so long a stream that was lost tries to be taken up again; 0: not at all.
@@ -56,7 +59,7 @@ def connect(
         raise invalid("reconnect_seconds", reconnect_seconds, "a finite number of seconds >= 0")
     if tenant is not None and not (isinstance(tenant, str) and re.fullmatch(r"[A-Za-z0-9._-]{1,64}", tenant)):
         raise invalid("tenant", tenant, "1..64 of A-Z a-z 0-9 . _ -")
-    headers = {} if tenant is None else {TENANT_HEADER: tenant}
+    headers = {MIGRATE_HEADER: "1"} | ({} if tenant is None else {TENANT_HEADER: tenant})
     settings = Settings(timeout, connect_timeout, reconnect_seconds, headers)
     return Connection(transport or GrpcTransport(url, tls, shared_memory), settings)
 

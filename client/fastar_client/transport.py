@@ -88,6 +88,8 @@ def read_pem(field: str, path: str | Path | None) -> bytes | None:
 class Call(Protocol):
     """One bidirectional stream. Everything but `receive`, `share` and `close` returns at once."""
 
+    url: str  # of the server it goes to
+
     def send(self, request: ChunkRequest) -> None: ...
 
     def half_close(self) -> None:
@@ -111,7 +113,7 @@ class Call(Protocol):
 
 
 class Transport(Protocol):
-    url: str
+    url: str  # of the server that the next call goes to
     shares_memory: bool
 
     async def connect(self, timeout: float) -> None:
@@ -123,31 +125,45 @@ class Transport(Protocol):
     def open(self, metadata: Mapping[str, str] | None = None, fresh: bool = False) -> Call:
         """A call with these headers. fresh: over a connection of its own, as the common one may be broken."""
 
+    def leave(self, call: Call) -> None:
+        """The server of `call` drains, is gone or refuses: the next call goes to another one, where one is known."""
+
     async def close(self) -> None: ...
 
 
 class GrpcTransport:
-    """Triton's KServe v2 gRPC, model `fastar`, RPC ModelStreamInfer. Raises InvalidArgument."""
+    """Triton's KServe v2 gRPC, model `fastar`, RPC ModelStreamInfer. Raises InvalidArgument.
+
+    url: host:port, or several joined by commas: servers that share their snapshots, so that a stream may go on at any.
+    """
 
     def __init__(self, url: str, tls: bool | TlsFiles = False, shared_memory: bool = False) -> None:
-        self.url = url.removeprefix("grpc://")
-        if not re.fullmatch(r"(\[[0-9a-fA-F:.]+\]|[\w.-]+):\d{1,5}", self.url):
-            raise invalid("url", url, "host:port of Triton's gRPC port, e.g. localhost:8001")
+        self._urls = [part.strip().removeprefix("grpc://") for part in url.split(",")]
+        if not all(re.fullmatch(r"(\[[0-9a-fA-F:.]+\]|[\w.-]+):\d{1,5}", part) for part in self._urls):
+            raise invalid("url", url, "host:port of Triton's gRPC port, e.g. localhost:8001; several joined by commas")
+        self.url = self._urls[0]
         if not isinstance(tls, bool | TlsFiles):
             raise invalid("tls", tls, "True, False or TlsFiles(ca=..., certificate=..., key=...)")
         self._credentials = (TlsFiles() if tls is True else tls).credentials() if tls else None
         self.shares_memory = shared_memory
         if shared_memory:
-            check_same_host(self.url)
-        self._client: InferenceServerClient | None = None
+            for part in self._urls:
+                check_same_host(part)
+        self._client: InferenceServerClient | None = None  # the common one, to
+        self._client_url = self.url
+        self._left: list[InferenceServerClient] = []  # of servers that were left: their calls may still run
 
     async def connect(self, timeout: float) -> None:
-        self._client = self._new_client()
-        try:
-            await self._ask(self._client.is_server_live, timeout)
-        except FastarError:
-            await self.close()
-            raise
+        for last in [False] * (len(self._urls) - 1) + [True]:
+            self._client, self._client_url = self._new_client(), self.url
+            try:
+                await self._ask(self._client.is_server_live, timeout)
+                return
+            except FastarError:
+                await self.close()
+                if last:
+                    raise
+                self._next()
 
     async def ready(self, timeout: float) -> bool:
         client = self._connected()
@@ -158,17 +174,28 @@ class GrpcTransport:
         client = self._connected()
         return GrpcCall(self._new_client() if fresh else client, self, metadata or {}, own=fresh)
 
+    def leave(self, call: Call) -> None:
+        if call.url == self.url:
+            self._next()
+
+    def _next(self) -> None:
+        self.url = self._urls[(self._urls.index(self.url) + 1) % len(self._urls)]
+
     def _new_client(self) -> InferenceServerClient:
         return InferenceServerClient(self.url, creds=self._credentials, channel_args=CHANNEL)
 
     async def close(self) -> None:
         if self._client is not None:
-            client, self._client = self._client, None
-            await client.close()
+            clients, self._client, self._left = [self._client, *self._left], None, []
+            for client in clients:
+                await client.close()
 
     def _connected(self) -> InferenceServerClient:
         if self._client is None:
             raise ServerUnavailable(f"not connected to {self.url}: use `async with connect(url) as c:`")
+        if self._client_url != self.url:
+            self._left.append(self._client)
+            self._client, self._client_url = self._new_client(), self.url
         return self._client
 
     async def _ask(self, question: Callable[..., Awaitable[object]], timeout: float) -> bool:
@@ -193,7 +220,7 @@ class GrpcCall:
         self, client: InferenceServerClient, transport: GrpcTransport, metadata: Mapping[str, str], own: bool
     ) -> None:
         self._client, self._transport, self._own = client, transport, own
-        self._url = transport.url
+        self.url = transport.url
         self._ring: Ring | None = None
         self._outbox: asyncio.Queue[ChunkRequest | None] = asyncio.Queue()
         self._cancelled = False
@@ -213,13 +240,13 @@ class GrpcCall:
             return None
         except grpc.aio.AioRpcError as error:
             code, details = error.code().name, error.details() or "no details"
-            raise from_grpc(code, details, self._url, self._streaming) from None
+            raise from_grpc(code, details, self.url, self._streaming) from None
         except asyncio.CancelledError:
             # grpc.aio raises this also in a task that nobody cancelled, when the connection is closed under the call.
             task = asyncio.current_task()
             if self._cancelled or (task is not None and task.cancelling()):
                 raise
-            raise from_grpc("CANCELLED", "the call was cancelled", self._url, self._streaming) from None
+            raise from_grpc("CANCELLED", "the call was cancelled", self.url, self._streaming) from None
         self._streaming = True
         return from_server(error.message()) if error is not None else decode(result, self._ring)
 
@@ -302,6 +329,7 @@ class MockTransport:
     def __init__(self, serve: Script, url: str = "mock:0", live: bool = True, ready: bool = True) -> None:
         self.url, self._serve, self._live, self._ready = url, serve, live, ready
         self.opened: list[dict[str, str]] = []  # the headers of each call
+        self.left: list[str] = []  # by `leave`
 
     async def connect(self, timeout: float) -> None:
         if not self._live:
@@ -312,14 +340,18 @@ class MockTransport:
 
     def open(self, metadata: Mapping[str, str] | None = None, fresh: bool = False) -> Call:
         self.opened.append(dict(metadata or {}))
-        return MockCall(self._serve)
+        return MockCall(self._serve, self.url)
+
+    def leave(self, call: Call) -> None:
+        self.left.append(call.url)
 
     async def close(self) -> None:
         pass
 
 
 class MockCall:
-    def __init__(self, serve: Script) -> None:
+    def __init__(self, serve: Script, url: str) -> None:
+        self.url = url
         self._inbox: asyncio.Queue[ChunkRequest | None] = asyncio.Queue()
         self._outbox: asyncio.Queue[Reply | FastarError | None] = asyncio.Queue()
         self._lost: StreamLost | None = None

@@ -23,7 +23,7 @@ PARAMETERS = ("world", "device", "attention", "service", "precision", "compile")
 # Seconds that Triton remembers an idle sequence longer than the service does: it counts from the last request, also
 # while that is being computed; and who comes back too late is to hear it from the service.
 TRITON_IDLE = 60.0
-HEADERS = "(?i)^(x-fastar-tenant|traceparent)$"  # of a gRPC call, handed to the model
+HEADERS = "(?i)^(x-fastar-tenant|x-fastar-migrate|traceparent)$"  # of a gRPC call, handed to the model
 
 
 @dataclasses.dataclass(frozen=True)
@@ -32,6 +32,11 @@ class Launch:
     shared_memory: str  # prefix of the names that Triton's Python backend uses in /dev/shm
     command: list[str]
     environment: dict[str, str]
+
+    @property
+    def drain(self) -> Path:
+        """Where it is, the model stores its streams and sends them on; it removes the file when it is done."""
+        return self.folder / "drain"
 
 
 def prepare(settings: ServeSettings, ports: dict[str, int], installation: Installation, repository: Path) -> Launch:
@@ -54,7 +59,10 @@ def prepare(settings: ServeSettings, ports: dict[str, int], installation: Instal
 
     name = folder.name.replace("-", "_")
     return Launch(
-        folder, name, _command(settings, ports, installation, folder, name), _environment(settings, installation)
+        folder,
+        name,
+        _command(settings, ports, installation, folder, name),
+        _environment(settings, installation, folder),
     )
 
 
@@ -102,11 +110,12 @@ def _command(
     return [str(installation.server), "--disable-auto-complete-config", *values]
 
 
-def _environment(settings: ServeSettings, installation: Installation) -> dict[str, str]:
+def _environment(settings: ServeSettings, installation: Installation, folder: Path) -> dict[str, str]:
     # The rendered configuration holds the settings; the variables that would override it there are done with.
     environment = {k: v for k, v in os.environ.items() if k not in {f"FASTAR_{name.upper()}" for name in PARAMETERS}}
     # The stub embeds Python: it takes the first python3 on PATH for its home, and so this environment's packages.
     environment["PATH"] = os.pathsep.join([str(Path(sys.executable).parent), environment.get("PATH", os.defpath)])
+    environment["FASTAR_DRAIN_FILE"] = str(folder / "drain")
     if installation.library:
         libraries = [str(installation.library), environment.get("LD_LIBRARY_PATH", "")]
         environment["LD_LIBRARY_PATH"] = os.pathsep.join(filter(None, libraries))

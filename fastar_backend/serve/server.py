@@ -26,6 +26,8 @@ from fastar_backend.serve.settings import ServerError, ServeSettings
 logger = logging.getLogger("fastar.serve")
 
 POLL = 0.25  # seconds between looks at the processes
+DRAIN_POLL = 0.05  # of a server that drains
+FAREWELL = 0.5  # seconds for the last replies, which are already Triton's, to reach their clients
 FORGIVEN = 60.0  # seconds of health after which earlier restarts no longer count
 BACKOFF = (0.5, 10.0)  # seconds before the first restart; at most
 
@@ -99,7 +101,7 @@ class Server:
             raise self.failure
 
     def stop(self) -> None:
-        """Drains: live streams get `exit_timeout` seconds to end, then everything is killed."""
+        """Drains: live streams are stored and sent on, or get to end, in `exit_timeout` seconds; then all is killed."""
         self.stopping.set()
         if self._watcher:
             self._watcher.join()
@@ -161,6 +163,7 @@ class Attempt:
         self.settings = settings
         self.launch = launch
         self.url = url
+        self.moves = not snapshots  # streams can go on elsewhere: their store outlives this server
         self.log = ServerLog(logger)
         self.probe: Probe | None = None
         # Its own session: Ctrl-C at the terminal reaches only us, and the whole group can be killed.
@@ -222,14 +225,21 @@ class Attempt:
             return []
 
     def drain(self, timeout: float) -> None:
-        """Lets live streams end, `timeout` seconds long; then kills."""
+        """Has live streams stored and sent on, where they can go on elsewhere; else lets them end. In `timeout`
+        seconds at most; then kills."""
         if self.guard.poll() is None and self.probe:
             self.probe.close()
+            moving = self.moves
+            if moving:
+                self.launch.drain.touch()
             with contextlib.suppress(BrokenPipeError, ValueError):  # ValueError: `kill` from another thread was faster
                 self.guard.stdin.write(b"T")
                 self.guard.stdin.flush()
-            with contextlib.suppress(subprocess.TimeoutExpired):
-                self.guard.wait(timeout + 1)
+            deadline = time.monotonic() + timeout + 1
+            while self.guard.poll() is None and time.monotonic() < deadline:
+                if moving and not self.launch.drain.exists():  # all is done: Triton would wait for its idle sequences
+                    moving, deadline = False, min(deadline, time.monotonic() + FAREWELL)
+                time.sleep(DRAIN_POLL)
         self.kill()
 
     def kill(self) -> None:

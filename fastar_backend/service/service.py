@@ -31,6 +31,7 @@ from fastar_backend.errors import (
 from fastar_backend.service.admission import Admission, Booking, Cost
 from fastar_backend.service.config import ServiceConfig
 from fastar_backend.service.controls import Controls
+from fastar_backend.service.drain import Drain, stop
 from fastar_backend.service.encode import make_encoder
 from fastar_backend.service.outbox import Outbox
 from fastar_backend.service.report import as_fastar_error
@@ -62,6 +63,7 @@ class Service:
         self.looked = self.swept = 0.0
         self.stopping = False
         self.controls = Controls(self)
+        self.drain = Drain(self)
         self.outbox = Outbox(metrics)
         loaded: Future[None] = Future()
         self.thread = threading.Thread(target=self._run, args=(load, loaded), name="fastar-engine", daemon=True)
@@ -93,6 +95,10 @@ class Service:
         with self.wake:
             if self.stopping:
                 self.outbox.refuse(request, Stopping("server: it is stopping; allowed: resume by the stream's token"))
+            elif request.stream_id in self.drain.leaving:
+                self.drain.take(request)
+            elif request.starts and self.drain.began is not None:
+                self.outbox.refuse(request, Stopping("server: it drains; allowed: another server, or later"))
             elif request.starts and request.stream_id in self.starting:
                 self.outbox.refuse(request, InvalidInput("sequence_id", "is being started", "an id that is not in use"))
             elif request.stream_id in self.starting:
@@ -169,10 +175,11 @@ class Service:
             try:
                 with self.wake:
                     if self.stopping:
-                        self._stop()
+                        stop(self)
                         return
                     while self.inbox:
                         self._take(self.inbox.popleft())
+                    self.drain.move()
                     now = time.monotonic()
                     self._look(now)
                     waiting = [session for session in self.sessions.values() if session.waits]
@@ -251,6 +258,7 @@ class Service:
         if options.resume:
             session.next_control, session.controls = live.next_control, live.controls
             session.stored, session.snapshots_allowed = live.stored, live.snapshots_allowed
+            self.vault.take_over(session, self._next_chunk(session))
             self._end(live, "resumed", Superseded("stream: resumed by another sequence; allowed: that one"), free=False)
         else:
             session.stream = next(self.streams)
@@ -275,7 +283,7 @@ class Service:
         if options.resume:
             session.adopt(snapshot.extra)
             session.stored = {chunk}
-            self.vault.forget_later(session, chunk)
+            self.vault.take_over(session, chunk)
             if live:
                 self._end(live, "resumed", Superseded("stream: resumed by another sequence; allowed: that one"))
         elif "seed" in options.model_fields_set:
@@ -312,6 +320,8 @@ class Service:
         for session in list(self.sessions.values()):
             if any(request.cancelled() for request in session.pending):
                 self._end(session, "cancelled", Superseded("stream: its client went away; allowed: a resume"))
+            elif session.fenced:
+                self._end(session, "resumed", Superseded("stream: resumed on another server; allowed: that one"))
             elif now - session.opened > config.wall_seconds:
                 self._end(session, "wall", expired(f"it lived {config.wall_seconds:g} s"))
             elif session.paused_at is not None and now - session.paused_at > config.paused_seconds:
@@ -421,16 +431,6 @@ class Service:
         self.life += 0.2 * (time.monotonic() - session.opened - self.life)
         self.metrics.ended(reason)
         self._publish()
-
-    def _stop(self) -> None:
-        error = Stopping("server: it is stopping; allowed: resume by the stream's token")
-        for session in list(self.sessions.values()):
-            self._end(session, "stopping", error)
-        for held in self.starting.values():
-            for request in held:
-                self.outbox.refuse(request, error)
-        for item in self.inbox:
-            self.outbox.refuse(item if isinstance(item, Request) else item[0], error)
 
     # Replies
 

@@ -19,6 +19,7 @@ from fastar_backend.engine.stream import StreamOptions
 from fastar_backend.errors import FastarError, InvalidInput
 from fastar_backend.service.admission import Booking
 from fastar_backend.service.schedule import Playout
+from fastar_backend.service.store import FIRST_EPOCH
 
 Encoding = Literal["raw", "jpeg", "h264"]
 KINDS = ("action", "prompt", "fps", "density", "seed", "encoding", "pause", "snapshot", "rewind")
@@ -80,6 +81,7 @@ class Request:
     tenant: str = "default"
     traceparent: str | None = None
     cancelled: Callable[[], bool] = lambda: False
+    migrates: bool = False  # the client knows what STATS.migrate asks of it
     arrived: float = dataclasses.field(default_factory=time.monotonic)
 
     @property
@@ -125,6 +127,10 @@ class Session:
         self.paused_at: float | None = None
         self.stored: set[int] = set()  # chunks before which a snapshot was taken that is safely stored
         self.saving = 0  # snapshots on their way to the store
+        self.epoch: int | None = FIRST_EPOCH  # of us as its owner, in the store; None: still to be claimed,
+        self.taken_at = 0  # from the state before this chunk
+        self.fenced = False  # a snapshot was refused: another server has taken the stream over
+        self.migrates = request.migrates
         self.resumed = options.resume is not None
         self.trace: Any = None
         self.began = self.due = 0.0  # of the running chunk

@@ -1,17 +1,27 @@
-"""Where snapshots live: any fsspec URL. A stream's folder is named by the hash of its token, which is never stored."""
+"""Where snapshots live: any fsspec URL. A stream's folder is named by the hash of its token, which is never stored.
+
+Servers that share a store fence each other. A stream's owner has an epoch, 1 where it began; who takes the stream over
+claims the next one by creating `owner.EPOCH`, which holds the chunk it goes on from. A snapshot is named `CHUNK.EPOCH`,
+so owners never overwrite each other. Who is not the newest owner cannot write; and what slips in while a newer one
+claims is removed by its writer, and void to every reader: it is later than the chunk where the newer owner began.
+"""
 
 from __future__ import annotations
 
 import contextlib
 import hashlib
+import re
 import secrets
 import time
 
 import fsspec
+from fsspec.implementations.local import LocalFileSystem
 
-from fastar_backend.errors import FastarError, UnknownStream
+from fastar_backend.errors import FastarError, Superseded, UnknownStream
 
 LARGEST = 8 << 30  # bytes of a snapshot that is read
+FIRST_EPOCH = 1  # of a stream that was never taken over
+NAME = re.compile(r"(owner|\d+)\.(\d+)")  # of a file in a stream's folder
 
 
 class StoreError(FastarError):
@@ -34,50 +44,72 @@ class SnapshotStore:
                 f"snapshots: cannot open the store ({type(error).__name__}); allowed: an fsspec URL"
             ) from None
 
-    def put(self, token: str, chunk: int, data: bytes) -> None:
-        """Whole or not at all: written under another name, then moved."""
+    def claim(self, token: str, chunk: int) -> int:
+        """Takes the stream over from the state before `chunk`: its next epoch, which nobody else gets where the file
+        system creates files exclusively (folders do; object stores as far as their fsspec driver does)."""
         folder = self._folder(token)
-        temporary = f"{folder}/.{secrets.token_hex(8)}"
         with self._errors("write"):
             self.files.makedirs(folder, exist_ok=True)
+            snapshots, owners = self._there(token)
+            epoch = newest(snapshots, owners)
+            while True:
+                epoch += 1
+                with contextlib.suppress(FileExistsError):
+                    self._create(f"{folder}/owner.{epoch}", str(chunk).encode())
+                    return epoch
+
+    def put(self, token: str, chunk: int, data: bytes, epoch: int = FIRST_EPOCH) -> None:
+        """Whole or not at all: written under another name, then moved. Raises Superseded where `epoch` is not the
+        newest: another owner's snapshots stay as they are."""
+        folder = self._folder(token)
+        temporary, name = f"{folder}/.{secrets.token_hex(8)}", f"{folder}/{chunk}.{epoch}"
+        with self._errors("write"):
+            self.files.makedirs(folder, exist_ok=True)
+            self._check_owner(token, epoch)
             try:
                 self.files.pipe_file(temporary, data)
-                self.files.mv(temporary, f"{folder}/{chunk}")
+                self.files.mv(temporary, name)
             except Exception:
                 with contextlib.suppress(Exception):
                     self.files.rm_file(temporary)
                 raise
-            for number in self.chunks(token)[: -self.keep]:
-                self.files.rm_file(f"{folder}/{number}")
+            try:
+                self._check_owner(token, epoch)
+            except Superseded:
+                self.files.rm_file(name)
+                raise
+            valid = self._valid(token)
+            keep = {(number, valid[number]) for number in sorted(valid)[-self.keep :]}
+            for number, of in self._there(token)[0]:
+                if (number, of) not in keep and of <= epoch:
+                    self.files.rm_file(f"{folder}/{number}.{of}")
 
     def chunks(self, token: str) -> list[int]:
         """Numbers of the chunks before which there is a snapshot, ascending."""
         with self._errors("list"):
-            folder = self._folder(token)
-            self.files.invalidate_cache(folder)
-            if not self.files.isdir(folder):
-                return []
-            names = (path.rpartition("/")[2] for path in self.files.ls(folder, detail=False))
-            return sorted(int(name) for name in names if name.isdecimal())
+            return sorted(self._valid(token))
 
     def get(self, token: str, chunk: int | None = None) -> tuple[int, bytes]:
         """The named one, else the newest. Raises UnknownStream too."""
-        there = self.chunks(token)
+        with self._errors("list"):
+            there = self._valid(token)
         if not there or chunk is not None and chunk not in there:
-            raise UnknownStream(f"snapshot: not there; allowed: {', '.join(map(str, there)) or 'none is stored'}")
-        number = there[-1] if chunk is None else chunk
+            numbers = ", ".join(map(str, sorted(there)))
+            raise UnknownStream(f"snapshot: not there; allowed: {numbers or 'none is stored'}")
+        number = max(there) if chunk is None else chunk
         with self._errors("read"):
-            path = f"{self._folder(token)}/{number}"
+            path = f"{self._folder(token)}/{number}.{there[number]}"
             if self.files.size(path) > LARGEST:
                 raise StoreError(f"snapshot: larger than {LARGEST} bytes; allowed: less")
             return number, self.files.cat_file(path)
 
-    def drop(self, token: str, after: int = -1) -> None:
-        """Those of chunks after `after`; all, if it is -1."""
+    def drop(self, token: str, after: int = -1, epoch: int = FIRST_EPOCH) -> None:
+        """Those of chunks after `after`; all, if it is -1. Raises Superseded where `epoch` is not the newest."""
         with self._errors("remove"):
-            for number in self.chunks(token):
-                if number > after:
-                    self.files.rm_file(f"{self._folder(token)}/{number}")
+            self._check_owner(token, epoch)
+            for number, of in self._there(token)[0]:
+                if number > after and of <= epoch:
+                    self.files.rm_file(f"{self._folder(token)}/{number}.{of}")
 
     def sweep(self) -> None:
         """Removes what is older than `ttl`."""
@@ -91,6 +123,39 @@ class SnapshotStore:
                 if paths and len(old) == len(paths):
                     with contextlib.suppress(OSError):
                         self.files.rmdir(folder)
+
+    def _there(self, token: str) -> tuple[list[tuple[int, int]], list[int]]:
+        """(chunk, epoch) of every snapshot; the epochs that were claimed."""
+        folder = self._folder(token)
+        self.files.invalidate_cache(folder)
+        if not self.files.isdir(folder):
+            return [], []
+        names = (path.rpartition("/")[2] for path in self.files.ls(folder, detail=False))
+        found = [(match[1], int(match[2])) for name in names if (match := NAME.fullmatch(name))]
+        return [(int(what), epoch) for what, epoch in found if what != "owner"], [e for w, e in found if w == "owner"]
+
+    def _valid(self, token: str) -> dict[int, int]:
+        """chunk -> epoch of the snapshots that are not void."""
+        snapshots, owners = self._there(token)
+        began = {}
+        for owner in owners:
+            text = self.files.cat_file(f"{self._folder(token)}/owner.{owner}")
+            if text:  # else it is being written: its snapshots are still to come
+                began[owner] = int(text)
+        of = [(n, epoch) for n, epoch in snapshots if all(n <= at for owner, at in began.items() if owner > epoch)]
+        return dict(sorted(of))  # of one chunk the newest epoch's
+
+    def _check_owner(self, token: str, epoch: int) -> None:
+        if newest(*self._there(token)) > epoch:
+            raise Superseded("snapshot: its stream was taken over by another server; allowed: the newest owner's")
+
+    def _create(self, path: str, data: bytes) -> None:
+        """Raises FileExistsError."""
+        if isinstance(self.files, LocalFileSystem):
+            with open(path, "xb") as file:
+                file.write(data)
+        else:
+            self.files.pipe_file(path, data, mode="create")
 
     def _age(self, path: str) -> float:
         return time.time() - self.files.modified(path).timestamp()
@@ -107,3 +172,8 @@ class SnapshotStore:
         except Exception as error:  # every filesystem raises its own
             reason = getattr(error, "strerror", None) or type(error).__name__
             raise StoreError(f"snapshots: cannot {what} ({reason}); allowed: a store that works") from None
+
+
+def newest(snapshots: list[tuple[int, int]], owners: list[int]) -> int:
+    """The epoch of the stream's newest owner; snapshots count too, as files older than `ttl` are swept."""
+    return max([FIRST_EPOCH, *owners, *(epoch for _, epoch in snapshots)])

@@ -46,6 +46,14 @@ TABLE: dict[str, tuple[str, str, tuple[str, ...], tuple[float, ...]]] = {
     "fastar_utilisation": ("gauge", "Share of the time booked by streams with a frame rate", (), ()),
     "fastar_snapshot_seconds": ("histogram", "Seconds from taking a snapshot until it is stored", (), SECONDS),
     "fastar_snapshots_total": ("counter", "Snapshots", ("result",), ()),
+    "fastar_draining": ("gauge", "1 while the server moves its streams elsewhere to end", (), ()),
+    "fastar_migrations_total": ("counter", "Streams taken from this draining server", ("result",), ()),
+    "fastar_migration_seconds": (
+        "histogram",
+        "Seconds from a stream's stop here until it is stored",
+        (),
+        SECONDS,
+    ),
     "fastar_controls_total": ("counter", "Controls taken", ("kind", "result"), ()),
 }
 
@@ -192,6 +200,11 @@ class Metrics:
         for name, (kind, _, labels, _) in TABLE.items():
             if not labels and kind != "histogram":
                 self._metric(name)  # there from the start, as zero
+        self._histogram(
+            "fastar_migration_seconds"
+        )  # these too: a server that drains is soon gone
+        for result in ("stored", "failed"):
+            self._metric("fastar_migrations_total", result=result)
 
     def capacity(self, streams: int, cache_bytes: int) -> None:
         self._metric("fastar_streams_capacity").set(streams)
@@ -240,6 +253,13 @@ class Metrics:
         self._observe("fastar_snapshot_seconds", seconds)
         self._metric("fastar_snapshots_total", result="stored" if stored else "failed").increment(1)
 
+    def draining(self, draining: bool) -> None:
+        self._metric("fastar_draining").set(draining)
+
+    def migrated(self, seconds: float, stored: bool) -> None:
+        self._observe("fastar_migration_seconds", seconds)
+        self._metric("fastar_migrations_total", result="stored" if stored else "failed").increment(1)
+
     def control(self, kind: str, taken: bool) -> None:
         self._metric("fastar_controls_total", kind=kind, result="taken" if taken else "refused").increment(1)
 
@@ -250,11 +270,16 @@ class Metrics:
                 self._metrics[key] = self._families[name].metric(labels)
             return self._metrics[key]
 
+    def _histogram(self, name: str, **labels: str) -> None:
+        for bound in (*map(str, TABLE[name][3]), "+Inf"):
+            self._metric(f"{name}_bucket", **labels, le=bound)
+        for part in ("sum", "count"):
+            self._metric(f"{name}_{part}", **labels)
+
     def _observe(self, name: str, value: float, **labels: str) -> None:
         buckets = TABLE[name][3]
         if (f"{name}_count", tuple(sorted(labels.items()))) not in self._metrics:
-            for bound in (*map(str, buckets), "+Inf"):
-                self._metric(f"{name}_bucket", **labels, le=bound)
+            self._histogram(name, **labels)
         for bound in (*map(str, buckets[bisect.bisect_left(buckets, value) :]), "+Inf"):
             self._metric(f"{name}_bucket", **labels, le=bound).increment(1)
         self._metric(f"{name}_sum", **labels).increment(value)

@@ -50,7 +50,7 @@ class LiveServer(ScriptedServer):
 
     cuts: chunk number -> how the connection is lost, once, when that chunk is due: "before" it is made, "after" (its
     reply is lost, the stream's state is beyond it), "restart" (all but stored snapshots is lost), "drain" (the server
-    stops, and stores the state before).
+    stops, and stores the state before), "migrate" (it says so in STATS, and where to go on).
     """
 
     snapshot_every: int = 4
@@ -102,11 +102,15 @@ class LiveServer(ScriptedServer):
                 if cut == "drain":
                     self.stored[session.token, state.chunk] = copy.deepcopy(state)
                     out.put_nowait("UNAVAILABLE: server: it is stopping; allowed: resume by the stream's token")
-                if cut in ("drain", "restart"):
+                if cut == "migrate":
+                    self.stored[session.token, state.chunk] = copy.deepcopy(state)
+                    at = {"chunk": state.chunk, "frame": state.chunk * self.chunk_frames, "token": session.token}
+                    out.put_nowait(self.reply(-1, 0, migrate=at))
+                if cut in ("drain", "restart", "migrate"):
                     del self.live[session.token]
                 if cut in ("before", "restart"):
                     out.put_nowait(Died("gone"))
-                if cut in ("drain", "before", "restart"):
+                if cut in ("drain", "before", "restart", "migrate"):
                     return
                 reply = self.make(session, request)
                 out.put_nowait(Died("gone") if cut == "after" else reply)

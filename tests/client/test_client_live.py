@@ -88,7 +88,7 @@ async def steer_a_lot(stream, taken: int) -> None:
         await stream.act("")
 
 
-@pytest.mark.parametrize("mode", ["before", "after", "restart", "drain"])
+@pytest.mark.parametrize("mode", ["before", "after", "restart", "drain", "migrate"])
 @pytest.mark.parametrize("every", [2, 4, 5])
 def test_lost_at_every_chunk_and_replayed(mode, every):
     async def test():
@@ -97,7 +97,7 @@ def test_lost_at_every_chunk_and_replayed(mode, every):
         for cut in range(1, ALL):
             server = LiveServer(snapshot_every=every, cuts={cut: mode})
             # Else no state is left that is not later than what the client has seen.
-            can = mode in ("before", "drain") or cut > every or (mode, cut) == ("after", every)
+            can = mode in ("before", "drain", "migrate") or cut > every or (mode, cut) == ("after", every)
             if not can:
                 with pytest.raises(StreamLost, match="cannot be resumed") as caught:
                     await lock_step(server, steer_a_lot)()
@@ -129,7 +129,7 @@ def test_lost_again_and_again_also_during_replay():
 
 
 @both
-@pytest.mark.parametrize("mode", ["before", "after", "restart", "drain"])
+@pytest.mark.parametrize("mode", ["before", "after", "restart", "drain", "migrate"])
 def test_two_in_flight_survive(kind, mode):
     async def test():
         async def steer(stream, taken):
@@ -330,7 +330,7 @@ def test_rewind(kind):
 
 
 @pytest.mark.parametrize("cut", [5, 6, 8, 9, 12])
-@pytest.mark.parametrize("mode", ["before", "after", "restart", "drain"])
+@pytest.mark.parametrize("mode", ["before", "after", "restart", "drain", "migrate"])
 def test_rewound_and_lost(cut, mode):
     async def steer(stream, taken):
         if taken == 3:
@@ -358,7 +358,7 @@ def test_rewound_and_lost(cut, mode):
     run(test)
 
 
-@pytest.mark.parametrize("mode", ["before", "after", "restart", "drain"])
+@pytest.mark.parametrize("mode", ["before", "after", "restart", "drain", "migrate"])
 def test_lost_with_a_rewind_under_way(mode):
     async def test():
         server, receipts = LiveServer(), []
@@ -509,7 +509,7 @@ def test_tenant_and_other_arguments():
         server = LiveServer()
         async with connected("mock", server, tenant="acme") as c:
             await anext(c.stream("a hall"))
-            assert c._transport.opened == [{"x-fastar-tenant": "acme"}]
+            assert c._transport.opened == [{"x-fastar-migrate": "1", "x-fastar-tenant": "acme"}]
 
     run(test)
     for options, field in (

@@ -35,6 +35,7 @@ class Client:
         self.replies: queue.Queue[Reply] = queue.Queue()  # of chunk requests
         self.receipts: queue.Queue[Reply] = queue.Queue()  # of controls
         self.gone = False
+        self.migrates = True
         self.controls = 0
         self.token: str | None = None
 
@@ -53,6 +54,7 @@ class Client:
                 self.tenant,
                 traceparent,
                 lambda: self.gone,
+                self.migrates,
             )  # fmt: skip
         )
 

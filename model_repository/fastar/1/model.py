@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import functools
 import json
+import logging
 import os
 import threading
 from typing import Any
@@ -22,6 +23,8 @@ from fastar_backend.service.store import SnapshotStore
 from fastar_backend.service.telemetry import Metrics, Tracing, triton_factory
 
 LIMITS = {"ACTIONS": (64, 256), "PROMPT": (1, 4096), "OPTIONS": (1, 8192), "CONTROL": (1, 8192)}  # elements, bytes each
+WATCH_SECONDS = 0.1
+DRAIN = "FASTAR_DRAIN_FILE"  # in the environment: a file that `fastar serve` makes to have us drain; we remove it then
 HEADER = 64  # bytes of a request header that we read
 STATUS = {  # names in pb_utils.TritonError, which knows no RESOURCE_EXHAUSTED; the rest is INTERNAL
     "INVALID_ARGUMENT": "INVALID_ARG",
@@ -36,6 +39,10 @@ FINAL = pb_utils.TRITONSERVER_RESPONSE_COMPLETE_FINAL
 class TritonPythonModel:
     def initialize(self, args: dict[str, str]) -> None:
         """Loads, warms up and measures, so that the model is not ready before; raises TritonModelException."""
+        log = logging.getLogger("fastar")
+        log.setLevel(logging.INFO)  # a drain's progress
+        log.addHandler(logging.StreamHandler())
+        log.propagate = False
         config = json.loads(args["model_config"])
         settings = {key: value["string_value"] for key, value in config["parameters"].items()}
         settings = {key: os.environ.get(f"FASTAR_{key.upper()}", value) for key, value in settings.items()}
@@ -90,6 +97,7 @@ class TritonPythonModel:
             tenant=headers.get("x-fastar-tenant", "default"),
             traceparent=triton_span(request) or headers.get("traceparent", "")[:HEADER] or None,
             cancelled=sender.is_cancelled,
+            migrates=headers.get("x-fastar-migrate") == "1",
         )
         try:
             result.actions = texts(request, "ACTIONS")
@@ -124,9 +132,14 @@ class TritonPythonModel:
         sender.send(pb_utils.InferenceResponse(tensors), flags=FINAL)
 
     def _watch(self) -> None:
-        while not self.stopping.wait(1.0):
+        drain, file = self.service.drain, os.environ.get(DRAIN)
+        while not self.stopping.wait(WATCH_SECONDS):
             if os.getppid() != self.server:  # tritonserver was killed: it takes its model process with it
                 os._exit(1)
+            if file and os.path.exists(file):
+                drain.begin()
+                if drain.over.is_set():
+                    os.unlink(file)
 
 
 def triton_span(request: Any) -> str | None:
