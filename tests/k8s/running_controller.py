@@ -12,7 +12,7 @@ from collections.abc import Iterator
 
 from fake_api import CODE, NAMESPACE, Api
 
-QUICK = {"interval": 0.1, "timeout": 0.5, "window": 0.5, "hold": 0.4, "misses": 3, "lease-seconds": 1, "room": 1}
+QUICK = {"interval": 0.1, "timeout": 0.5, "window": 0.5, "hold": 0.4, "misses": 3, "lease-seconds": 2, "room": 1}
 
 
 class Process:

@@ -56,9 +56,23 @@ class Gateway:
             time.sleep(0.1)
 
 
+def resolver(port: int) -> dict[str, object]:
+    return {
+        "name": "envoy.network.dns_resolver.cares",
+        "typed_config": {
+            "@type": "type.googleapis.com/envoy.extensions.network.dns_resolver.cares.v3.CaresDnsResolverConfig",
+            "resolvers": [{"socket_address": {"address": "127.0.0.1", "port_value": port}}],
+            "dns_resolver_options": {"no_default_search_domain": True},
+        },
+    }
+
+
 @contextlib.contextmanager
-def gateway(folder: Path, servers: list[int]) -> Iterator[Gateway]:
-    """In front of the servers at these ports of 127.0.0.1; looks at them every half second."""
+def gateway(folder: Path, servers: list[int], dns: int | None = None) -> Iterator[Gateway]:
+    """In front of the servers at these ports of 127.0.0.1; looks at them every half second.
+
+    dns: asks this port of 127.0.0.1 for the servers' addresses, as it would in a cluster; they have one port then.
+    """
     grpc, status, admin = free_ports(3)
     config = yaml.safe_load(one(rendered("prod-h100"), "ConfigMap", "gateway-envoy")["data"]["envoy.yaml"])
     listeners, clusters = config["static_resources"]["listeners"], config["static_resources"]["clusters"]
@@ -69,8 +83,13 @@ def gateway(folder: Path, servers: list[int]) -> Iterator[Gateway]:
         ports = [admin] if cluster["name"] == "admin" else servers
         addresses = [{"socket_address": {"address": "127.0.0.1", "port_value": port}} for port in ports]
         endpoints = [{"endpoint": {"address": address}} for address in addresses]
-        cluster["type"] = "STATIC"
-        cluster["load_assignment"]["endpoints"] = [{"lb_endpoints": endpoints}]
+        if dns and cluster["name"] != "admin":
+            endpoint = cluster["load_assignment"]["endpoints"][0]["lb_endpoints"][0]["endpoint"]
+            endpoint["address"]["socket_address"]["port_value"] = servers[0]
+            cluster |= {"dns_refresh_rate": "0.2s", "typed_dns_resolver_config": resolver(dns)}
+        else:
+            cluster["type"] = "STATIC"
+            cluster["load_assignment"]["endpoints"] = [{"lb_endpoints": endpoints}]
         if "health_checks" in cluster:
             check = {"interval": "0.5s", "no_traffic_interval": "0.5s", "timeout": "0.4s", "unhealthy_threshold": 2}
             cluster["health_checks"] = [cluster["health_checks"][0] | check]

@@ -38,7 +38,7 @@ def test_costs_follow_the_streams_and_nothing_else_is_written():
         rounds(api, 1)
         assert process.metric("streams") == 6
         assert process.metric("patches_total") == len(api.did("patch"))
-        assert process.metric("leader") == 1
+        eventually(lambda: process.metric("leader") == 1)
         assert process.get("/healthz") == "ok\n"
         other = Server(4, 4)
         api.add("triton-3", other.port)
@@ -98,7 +98,7 @@ def test_one_leads_and_the_other_takes_over():
             first.kill()
             servers[0].streams = 2
             eventually(lambda: api.costs() == {"triton-0": "200"})
-            assert second.metric("leader") == 1
+            eventually(lambda: second.metric("leader") == 1)
             assert api.holder() not in ("", holder)
             assert api.leases["stream-controller"]["spec"]["leaseTransitions"] == 1
             assert second.end() == 0
@@ -106,14 +106,14 @@ def test_one_leads_and_the_other_takes_over():
 
 
 def test_a_broken_api_server_is_waited_for():
-    with fleet((1, 2)) as (api, servers), controller(api, lease_seconds=2) as process:
+    with fleet((1, 2)) as (api, servers), controller(api) as process:
         eventually(lambda: api.costs() == {"triton-0": "100"})
         api.broken = {"list": 500}
         servers[0].streams = 2
         eventually(lambda: process.metric('errors_total{call="api"}') >= 2)
         asked = len(api.did("list"))
-        time.sleep(0.9)
-        assert len(api.did("list")) - asked <= 3, "pauses grow"
+        time.sleep(0.6)
+        assert len(api.did("list")) - asked <= 2, "pauses grow"
         api.broken = {"patch": 409}
         eventually(lambda: len(api.did("patch")) >= 2)
         api.broken = {"update": 500}  # the Lease cannot be renewed

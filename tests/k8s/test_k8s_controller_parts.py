@@ -5,14 +5,17 @@ from __future__ import annotations
 import random
 import subprocess
 import sys
+import types
 
 import pytest
 from fake_api import CODE, Server
 from fastar_controller.health import Health, Limits, slowest_tenth
 from fastar_controller.placement import Pod, open_pods, room_wanted
 from fastar_controller.scrape import Reading, ScrapeError, parse, scrape
+from fastar_controller.status import Status
 
-pytest.importorskip("kubernetes")
+api = pytest.importorskip("fastar_controller.api")  # needs the package `kubernetes`
+loop = pytest.importorskip("fastar_controller.controller")
 LIMITS = Limits(target=16.0, window=60.0, hold=30.0, misses=3)
 
 
@@ -134,6 +137,19 @@ def test_what_is_read_and_what_is_not():
     for text in ("fastar_streams_active 1\n", "", "<html>", "fastar_streams_active one\n"):
         with pytest.raises(ValueError, match=r"."):
             parse(text)
+
+
+def test_who_lost_the_lease_writes_nothing_more():
+    """Even in the middle of a round."""
+    pod = api.Found("triton-0", "http://127.0.0.1:1/metrics", None, True, False)
+    written: list[str] = []
+    for leads in (False, True):
+        pods = types.SimpleNamespace(patch=lambda name, *_: written.append(name))
+        one = loop.Controller(pods, types.SimpleNamespace(leads=leads), Status(), loop.Settings())
+        one.known = {"triton-0": Health()}
+        one.known["triton-0"].see(Reading(1, 2, False, {}), 0.0, LIMITS)
+        one._write(pod, True)
+        assert written == ["triton-0"] * leads
 
 
 def test_outside_of_a_cluster_it_says_what_it_needs():
