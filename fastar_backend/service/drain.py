@@ -99,9 +99,10 @@ class Drain:
         one.stored, self.settled = stored, now
         self.service.metrics.migrated(now - one.since, stored)
         left = sum(other.stored is None for other in self.leaving.values()) + len(self.service.sessions)
-        log.info("draining: a stream is stored (%.2f s), %d to go", now - one.since, left) if stored else log.error(
-            "draining: a stream could not be stored, it goes on from an older snapshot; %d to go", left
-        )
+        if stored:
+            log.info("draining: a stream is stored (%.2f s), %d to go", now - one.since, left)
+        else:
+            log.error("draining: a stream could not be stored, it goes on from an older snapshot; %d to go", left)
         for request in one.waiting:
             self._tell(one, request)
         one.waiting.clear()

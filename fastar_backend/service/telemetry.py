@@ -200,9 +200,7 @@ class Metrics:
         for name, (kind, _, labels, _) in TABLE.items():
             if not labels and kind != "histogram":
                 self._metric(name)  # there from the start, as zero
-        self._histogram(
-            "fastar_migration_seconds"
-        )  # these too: a server that drains is soon gone
+        self._histogram("fastar_migration_seconds")  # these too: a server that drains is soon gone
         for result in ("stored", "failed"):
             self._metric("fastar_migrations_total", result=result)
 

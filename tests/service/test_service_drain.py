@@ -84,7 +84,8 @@ def test_streams_go_on_elsewhere_as_if_nothing_had_been(pair):
     assert not old.engine.stream_ids
 
 
-def test_an_idle_and_a_paused_stream_are_stored_at_once_and_told_when_they_ask(pair):
+def test_an_idle_and_a_paused_stream_are_stored_at_once_and_told_when_they_ask(pair, monkeypatch):
+    monkeypatch.setattr("fastar_backend.service.drain.LINGER_SECONDS", 60.0)
     old, new = pair
     expected = undisturbed(new)
     idle, paused, blending = begin(old, 2), begin(old, 2), begin(old, 2)
