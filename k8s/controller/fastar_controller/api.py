@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import dataclasses
 import http.client
-import json
 from collections.abc import Iterator
 
 import urllib3
@@ -90,10 +89,5 @@ def metrics_url(pod: client.V1Pod) -> str | None:
 
 def reason(error: Exception) -> str:
     """One line."""
-    if isinstance(error, ApiException):
-        try:
-            said = json.loads(error.body or "{}").get("message", error.reason)
-        except (ValueError, AttributeError):
-            said = error.reason
-        return f"{error.status} {said}"
-    return f"{type(error).__name__}: {error}".splitlines()[0]
+    said = f"{error.status} {error.body or error.reason}" if isinstance(error, ApiException) else str(error)
+    return f"{type(error).__name__}: {' '.join(said.split())}"

@@ -31,17 +31,13 @@ def control(
     interval: Annotated[float, typer.Option(help="Seconds between two looks.", min=0.05)] = 5.0,
     timeout: Annotated[float, typer.Option(help="Seconds that a server may take to answer.", min=0.05)] = 2.0,
     window: Annotated[float, typer.Option(help="Seconds over which frame rates are looked at.", min=0.1)] = 60.0,
-    hold: Annotated[
-        float, typer.Option(help="Seconds below the target until a pod is closed; and back.", min=0)
-    ] = 30.0,
+    hold: Annotated[float, typer.Option(help="Seconds below the target until it closes a pod.", min=0)] = 30.0,
     misses: Annotated[int, typer.Option(help="Scrapes without an answer until a pod is closed.", min=1)] = 3,
     lease: Annotated[str, typer.Option(help="Name of the Lease.")] = "stream-controller",
     lease_seconds: Annotated[int, typer.Option(help="Until another may lead.", min=1)] = 15,
     host: Annotated[str, typer.Option(help="Of /metrics and /healthz.")] = "0.0.0.0",
     port: Annotated[int, typer.Option(help="Of /metrics and /healthz.", min=0, max=65535)] = 8080,
-    api: Annotated[
-        str | None, typer.Option(help="The API server's address, without a token; outside a cluster.")
-    ] = None,
+    api: Annotated[str | None, typer.Option(help="Address of the API server, outside a cluster.")] = None,
 ) -> None:
     """Keeps pod-deletion-cost and the label fastar/placement of the servers' pods up to date, until SIGTERM."""
     try:

@@ -73,16 +73,9 @@ class Controller:
             if pod.url is None:  # not ready: no Service sends it anything
                 continue
             last = health.last or Reading(0, 0, False, {})
-            pods.append(
-                Pod(
-                    pod.name,
-                    last.streams,
-                    last.slots,
-                    open=pod.open,
-                    fit=health.fit(self.settings.limits) and not pod.leaving,
-                    leaving=pod.leaving or last.draining,
-                )
-            )
+            leaving = pod.leaving or last.draining
+            fit = health.fit(self.settings.limits) and not leaving
+            pods.append(Pod(pod.name, last.streams, last.slots, pod.open, fit, leaving))
         return open_pods(pods, room_wanted(pods, self.settings.room))
 
     def _ask(self, pod: Found) -> Reading | None:

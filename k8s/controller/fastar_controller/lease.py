@@ -64,13 +64,10 @@ class Leader:
         asked = time.monotonic()
         try:
             lease = self._read()
-            if lease is None:
-                self._create()
-            elif not self._free(lease):
+            if lease is not None and not self._free(lease):
                 self._until = 0.0
                 return
-            else:
-                self._take(lease)
+            self._take(lease)
         except ApiException as error:
             if error.status != 409:
                 raise
@@ -94,24 +91,20 @@ class Leader:
         old = now - self._seen[1] > (lease.spec.lease_duration_seconds or self.seconds)
         return not holder or holder == self.identity or old
 
-    def _create(self) -> None:
-        now = datetime.datetime.now(datetime.UTC)
-        spec = client.V1LeaseSpec(
-            holder_identity=self.identity, lease_duration_seconds=self.seconds, acquire_time=now, renew_time=now,
-            lease_transitions=0,
-        )  # fmt: skip
-        lease = client.V1Lease(
-            api_version="coordination.k8s.io/v1", kind="Lease", metadata=client.V1ObjectMeta(name=self.name), spec=spec
+    def _take(self, lease: client.V1Lease | None) -> None:
+        """Its resourceVersion goes along: the API server refuses if the Lease has changed. None: there is no Lease."""
+        spec, now = (
+            lease.spec if lease else client.V1LeaseSpec(lease_transitions=-1),
+            datetime.datetime.now(datetime.UTC),
         )
-        self.leases.create_namespaced_lease(self.namespace, lease, _request_timeout=self.timeout)
-
-    def _take(self, lease: client.V1Lease) -> None:
-        """Its resourceVersion goes along: the API server refuses if the Lease has changed."""
-        spec, now = lease.spec, datetime.datetime.now(datetime.UTC)
         if spec.holder_identity != self.identity:
             spec.lease_transitions, spec.acquire_time = (spec.lease_transitions or 0) + 1, now
         spec.holder_identity, spec.lease_duration_seconds, spec.renew_time = self.identity, self.seconds, now
-        self.leases.replace_namespaced_lease(self.name, self.namespace, lease, _request_timeout=self.timeout)
+        if lease:
+            self.leases.replace_namespaced_lease(self.name, self.namespace, lease, _request_timeout=self.timeout)
+        else:
+            lease = client.V1Lease(metadata=client.V1ObjectMeta(name=self.name), spec=spec)
+            self.leases.create_namespaced_lease(self.namespace, lease, _request_timeout=self.timeout)
 
     def _release(self) -> None:
         lease = self._read()
