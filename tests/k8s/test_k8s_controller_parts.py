@@ -61,6 +61,7 @@ def test_fullest_first_and_hysteresis():
     assert open_pods(opened, 1) == {"a", "b"}, "b was open, and stays until there is twice the room without it"
     assert open_pods(opened, 2) == {"a", "b", "c"}
     assert room_wanted(pods, 1) == 1
+    assert open_pods([Pod("a", 2, 2), Pod("b", 0, 2, fit=False)], 1) == {"a"}, "rather full than unfit"
     assert room_wanted([Pod("x", 0, 200)], 8) == 20
 
 
@@ -98,6 +99,10 @@ def test_a_server_that_starts_anew_and_one_without_viewers():
     health.see(Reading(0, 10, True, {}), 300.0, LIMITS)
     assert not health.fit(LIMITS), "draining"
     assert not Health().fit(LIMITS), "never seen"
+    anew = Health()
+    for now, (slow, all_) in enumerate([(0.0, 1000.0), *((10.0 * n, 10.0 * n) for n in range(1, 20))]):
+        anew.see(Reading(1, 10, False, {12.0: slow, float("inf"): all_}), 5.0 * now, LIMITS)
+    assert anew.slow, "what the server counted before it started anew is forgotten"
 
 
 def test_misses():
