@@ -177,8 +177,8 @@ class AttentionConfig(Config):
         The hard budget is ours: the paper has none."""
         return cls(
             budget_frames=budget_frames, recent_frames=chunk_frames, merge_threshold=0.9, representative="last",
-            weight="count", match="query", fold_threshold=1.0, merge_early=True, index="quantised", sparse_density=0.28, dense_steps=0.3,
-            sparse_order="bucket", select_text=True,
+            weight="count", match="query", fold_threshold=1.0, merge_early=True, index="quantised", sparse_density=0.28,
+            dense_steps=0.3, sparse_order="bucket", select_text=True,
         )  # fmt: skip
 
     @model_validator(mode="after")
