@@ -95,7 +95,8 @@ def test_the_environment_of_the_model_process(monkeypatch):
     monkeypatch.setenv("FASTAR_WORLD", "other")
     monkeypatch.setenv("LD_LIBRARY_PATH", "/mine")
     parts = install.Installation(Path("/s"), Path("/b"), Path("/stub"), Path("/lib/python"), numpy1=True)
-    environment = runtime._environment(ServeSettings(threads=3), parts)
+    environment = runtime._environment(ServeSettings(threads=3), parts, Path("/run"))
+    assert environment["FASTAR_DRAIN_FILE"] == "/run/drain"
     assert "FASTAR_WORLD" not in environment, "would override the rendered setting"
     assert environment["OMP_NUM_THREADS"] == environment["MKL_NUM_THREADS"] == "3"
     assert environment["LD_LIBRARY_PATH"] == "/lib/python:/mine"
