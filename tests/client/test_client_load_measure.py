@@ -58,7 +58,7 @@ def punctual(chunks: int) -> list[float]:
 def some_record(**changed) -> StreamRecord:
     received, frames, at = [], [], RANDOM.uniform(0.1, 0.5)
     while at < 9.5:
-        received.append(round(at, 3))
+        received.append(round(at, 3) + RANDOM.uniform(0, 4e-4))  # no tie with a deadline: rounding would decide it
         frames.append(RANDOM.choice((3, 4, 12)))
         at += frames[-1] / 20 * RANDOM.choice((0.2, 0.9, 1.0, 1.05, 3.0))
     return record(received, frames, ended=changed.pop("ended", 9.6), **changed)
