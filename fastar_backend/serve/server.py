@@ -126,7 +126,8 @@ class Server:
 
     def _launch(self) -> None:
         launch = runtime.prepare(self.settings, self.ports, self._installation, self._repository)
-        self._attempt = Attempt(launch, self.grpc_url, self.settings, self._snapshots)
+        urls = [f"{self._reachable}:{self.ports[kind]}" for kind in ("grpc", "http", "metrics")]
+        self._attempt = Attempt(launch, urls, self.settings, self._snapshots)
         self._attempt.wait_until_ready(self.stopping)
 
     def _watch(self) -> None:
@@ -159,10 +160,11 @@ class Server:
 class Attempt:
     """One life of tritonserver, from its launch to its death."""
 
-    def __init__(self, launch: runtime.Launch, url: str, settings: ServeSettings, snapshots: str) -> None:
+    def __init__(self, launch: runtime.Launch, urls: list[str], settings: ServeSettings, snapshots: str) -> None:
+        """urls: host:port of gRPC, which is probed, and of all else that must listen."""
         self.settings = settings
         self.launch = launch
-        self.url = url
+        self.urls = urls
         self.moves = not snapshots  # streams can go on elsewhere: their store outlives this server
         self.log = ServerLog(logger)
         self.probe: Probe | None = None
@@ -181,16 +183,16 @@ class Attempt:
     def wait_until_ready(self, stopping: threading.Event) -> None:
         """Raises ServerError when the server exits, or does not answer within `startup_timeout`."""
         deadline = time.monotonic() + self.settings.startup_timeout
-        problem = "its port is closed"
+        problem = "its ports are closed"
         while not stopping.is_set():
             if self.guard.poll() is not None:
                 self.reader.join(5)
                 raise ServerError(self.log.failure or f"tritonserver exited with status {self.guard.returncode}")
             if time.monotonic() > deadline:
                 raise ServerError(f"not ready after {self.settings.startup_timeout:g} s: {problem}")
-            if listening(self.url):
+            if all(listening(url) for url in self.urls):  # Triton opens the metrics' port last, well after gRPC's
                 try:
-                    self.probe = self.probe or Probe(self.url, self.settings)
+                    self.probe = self.probe or Probe(self.urls[0], self.settings)
                     self.probe.check(min(30.0, self.settings.hang_seconds))
                     return
                 except ServerError as error:

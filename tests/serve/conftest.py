@@ -23,8 +23,9 @@ def tiny_world(tmp_path_factory) -> Path:
 def server(tiny_world):
     """The real engine."""
     settings = ServeSettings(
-        **FREE_PORTS, world=str(tiny_world), device="cpu", max_streams=STREAMS, attention=SMALL, idle_seconds=30
-    )
+        **FREE_PORTS, world=str(tiny_world), device="cpu", max_streams=STREAMS, attention=SMALL, idle_seconds=30,
+        exit_timeout=3,
+    )  # fmt: skip
     with Server(settings) as server:
         yield server
 
@@ -50,6 +51,8 @@ def fake_settings(fake_repository) -> ServeSettings:
 
 @pytest.fixture(scope="module")
 def fake_server(fake_repository):
-    settings = ServeSettings(**FREE_PORTS, model_repository=fake_repository, max_streams=2, idle_seconds=1)
+    settings = ServeSettings(
+        **FREE_PORTS, model_repository=fake_repository, max_streams=2, idle_seconds=1, exit_timeout=3
+    )
     with Server(settings) as server:
         yield server

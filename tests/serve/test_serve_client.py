@@ -121,6 +121,9 @@ def test_a_server_that_dies_leaves_what_was_received():
                 if len(received) == 3:
                     server.kill()
 
-    with Server(ServeSettings(**PORTS, max_streams=1, max_restarts=0)) as server, pytest.raises(StreamLost):
+    with (
+        Server(ServeSettings(**PORTS, max_streams=1, max_restarts=0, exit_timeout=3)) as server,
+        pytest.raises(StreamLost),
+    ):
         watch(server)
     assert received[:3] == [0, 1, 2]

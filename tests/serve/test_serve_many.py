@@ -31,7 +31,8 @@ GUARDED = SMALL | {"sparse_density": 0.3, "sparse_block": 6, "guard": "hold", "r
 
 
 def settings_of(world, **values) -> ServeSettings:
-    common = {"world": str(world), "device": "cpu", "attention": SMALL, "deterministic": True, "threads": 1}
+    common = {"world": str(world), "device": "cpu", "attention": SMALL, "deterministic": True, "threads": 1,
+              "exit_timeout": 3}  # fmt: skip
     return ServeSettings(**FREE_PORTS | common | values)
 
 
