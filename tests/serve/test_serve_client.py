@@ -115,7 +115,7 @@ def test_a_server_that_dies_leaves_what_was_received():
     received = []
 
     def watch(server: Server) -> None:
-        with connect_blocking(server.grpc_url) as connection:
+        with connect_blocking(server.grpc_url, reconnect_seconds=1) as connection:
             for chunk in connection.stream("take cover from fireballs", seed=1):
                 received.append(chunk.stats.chunk)
                 if len(received) == 3:
