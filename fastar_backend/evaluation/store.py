@@ -56,7 +56,9 @@ class Store:
             held = self._read(path)
             mine = settings.model_dump(mode="json")
             other = [key for key in mine if held["settings"].get(key) != mine[key]]
-            other += [f"policy {name}" for name in wanted if held["policies"].get(name, wanted[name]) != wanted[name]]
+            # Parsed: settings that did not exist yet when the folder was made had what is their default now.
+            known = {name: parse(AttentionConfig, held["policies"][name], str(path)) for name in held["policies"]}
+            other += [f"policy {name}" for name in policies if known.get(name, policies[name]) != policies[name]]
             if other:
                 key = other[0]
                 was = held["settings"].get(key, "another")

@@ -78,7 +78,7 @@ def scenarios_of(world: WorldConfig) -> tuple[str, ...]:
 
 
 def ablations(budget: int) -> dict[str, dict[str, Any]]:
-    """Name -> what differs from FAST-AR's default settings at that budget."""
+    """Name (without a comma: `--policies` separates by them) -> what differs from FAST-AR's default settings."""
     return {
         "fastar default": {},
         "threshold .8": {"merge_threshold": 0.8},
@@ -90,13 +90,13 @@ def ablations(budget: int) -> dict[str, dict[str, Any]]:
         "matched by queries": {"match": "query"},
         "merged early": {"merge_early": True},
         "overflow dropped": {"fold_threshold": 1.0},
-        "overflow folded, however far": {"fold_threshold": -1.0},
+        "overflow folded however far": {"fold_threshold": -1.0},
         "index exact": {"index": "exact"},
-        "index LSH, 4 bits": {"index": "lsh", "index_bits": 4},
-        "index LSH, 8 bits": {"index": "lsh", "index_bits": 8},
-        "index LSH, 12 bits": {"index": "lsh", "index_bits": 12},
-        "index LSH, 1 table": {"index": "lsh", "index_tables": 1},
-        "index LSH, 8 tables": {"index": "lsh", "index_tables": 8},
+        "index LSH of 4 bits": {"index": "lsh", "index_bits": 4},
+        "index LSH of 8 bits": {"index": "lsh", "index_bits": 8},
+        "index LSH of 12 bits": {"index": "lsh", "index_bits": 12},
+        "index LSH with 1 table": {"index": "lsh", "index_tables": 1},
+        "index LSH with 8 tables": {"index": "lsh", "index_tables": 8},
         "budget 8": {"budget_frames": 8},
         "budget 16": {"budget_frames": 16},
         "budget 24": {"budget_frames": 24},
@@ -105,10 +105,10 @@ def ablations(budget: int) -> dict[str, dict[str, Any]]:
         "newest 8 whole": {"recent_frames": 8},
         "AnnSA 50 %": {"sparse_density": 0.5},
         "AnnSA 25 %": {"sparse_density": 0.25},
-        "AnnSA 25 %, blocks of 24": {"sparse_density": 0.25, "sparse_block": 24},
-        "AnnSA 25 %, blocks of 96": {"sparse_density": 0.25, "sparse_block": 96},
-        "AnnSA 25 %, all steps": {"sparse_density": 0.25, "dense_steps": 0.0},
-        "AnnSA 25 %, writing only": {"sparse_density": 0.25, "dense_steps": 1.0},
+        "AnnSA 25 % in blocks of 24": {"sparse_density": 0.25, "sparse_block": 24},
+        "AnnSA 25 % in blocks of 96": {"sparse_density": 0.25, "sparse_block": 96},
+        "AnnSA 25 % in all steps": {"sparse_density": 0.25, "dense_steps": 0.0},
+        "AnnSA 25 % in the writing pass only": {"sparse_density": 0.25, "dense_steps": 1.0},
         "AnnCA": {"select_text": True},
     }
 

@@ -119,6 +119,21 @@ def test_another_setting_does_not_go_on(gameworld, done, tmp_path):
             fastar("--world", gameworld, "--policies", POLICIES, "--workers", 1, "--resume", "--out", done, *change)
 
 
+def test_a_setting_that_is_new_since_was_at_its_default(tmp_path):
+    base = {"world": "w", "name": "w", "fingerprint": "f", "device": "cpu", "truth": None, "buttons": True,
+            "suite": "quick", "sizes": suites.SUITES["quick"], "budget": 6, "seed": 0, "scenarios": ("a",),
+            "lpips": False, "versions": {}}  # fmt: skip
+    settings, store = suites.Settings(**base), Store(tmp_path)
+    store.begin(settings, {"p": AttentionConfig()}, resume=False)
+    path = tmp_path / "settings.json"
+    held = json.loads(path.read_text())
+    del held["policies"]["p"]["sparse_density"]  # as an older release wrote it
+    path.write_text(json.dumps(held))
+    store.begin(settings, {"p": AttentionConfig()}, resume=True)
+    with pytest.raises(InvalidInput, match="other settings: policy p"):
+        store.begin(settings, {"p": AttentionConfig(sparse_density=0.5)}, resume=True)
+
+
 def test_units_have_names_of_their_own():
     units = [Unit("forced", "svg1", "", 0), Unit("rollout", "svg1", "", 0), Unit("revisit", "a", "b", 0, "away")]
     keys = ["forced/svg1/walk/world/0", "rollout/svg1/walk/world/0", "revisit/a/away/b/0"]
@@ -130,3 +145,4 @@ def test_ablations_differ_from_the_default_each_in_its_own_way():
     settings = {config.model_dump_json() for config in chosen.values()}
     assert len(settings) == len(chosen) > 20
     assert chosen["fastar default"] == AttentionConfig(budget_frames=12)
+    assert suites.choose(",".join(chosen), "ablations", 12, 2) == chosen  # every name can be asked for
