@@ -62,6 +62,15 @@ def serve(
             show_default="on a GPU, for worlds in bfloat16",
         ),
     ] = None,
+    runtime: Annotated[
+        str, typer.Option(envvar="FASTAR_RUNTIME", help="What computes the transformer: torch, or tensorrt.")
+    ] = "torch",
+    engine_dir: Annotated[
+        Path | None,
+        typer.Option(
+            "--engine", envvar="FASTAR_ENGINE_DIR", help="Folder of `fastar engine build`, for --runtime tensorrt."
+        ),
+    ] = None,
     config: Annotated[
         Path | None, typer.Option(help="JSON file of limits (ServiceConfig); the options beside it win.")
     ] = None,

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from pathlib import Path
 from typing import Any, Literal
 
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator, model_validator
@@ -206,8 +207,24 @@ class ExecutionConfig(Config):
     # The decoder (and blocks in fp8) by torch.compile, chunks as CUDA graphs; None ("auto"): on a GPU, in half
     # precision.
     compile: bool | None = None
+    # What computes the transformer's passes: PyTorch, or the engine in `engine_dir` (`fastar engine build`).
+    runtime: Literal["torch", "tensorrt"] = "torch"
+    engine_dir: Path | None = None
 
     @field_validator("compile", mode="before")
     @classmethod
     def _auto(cls, value: Any) -> Any:
         return None if value == "auto" else value
+
+    @field_validator("engine_dir", mode="before")
+    @classmethod
+    def _none(cls, value: Any) -> Any:
+        return None if value == "" else value
+
+    @model_validator(mode="after")
+    def _engine(self) -> ExecutionConfig:
+        if (self.runtime == "tensorrt") != (self.engine_dir is not None):
+            raise ValueError("runtime tensorrt and engine_dir, the folder of its engine, go together")
+        if self.runtime == "tensorrt" and self.precision != "auto":
+            raise ValueError(f"precision must be auto where runtime is tensorrt, and is {self.precision}")
+        return self

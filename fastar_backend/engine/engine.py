@@ -19,11 +19,11 @@ import torch
 from torch import Tensor
 
 from fastar_backend.attention import CacheShape, bytes_of_caches
-from fastar_backend.attention.batch import StreamsAttend, StreamsAttendText
 from fastar_backend.config import AttentionConfig, ExecutionConfig
 from fastar_backend.engine.checks import check_attention, check_device, check_memory
 from fastar_backend.engine.graphs import Recorder, StreamGraphs, recorder_for
 from fastar_backend.engine.reuse import Reuse
+from fastar_backend.engine.runtime import Runtime, TorchRuntime, make_runtime
 from fastar_backend.engine.snapshot import Snapshot, fingerprint
 from fastar_backend.engine.stream import Chunk, ChunkRequest, ChunkStats, Stream, StreamOptions
 from fastar_backend.errors import AtCapacity, FastarError, InvalidInput, SnapshotError, UnknownStream
@@ -42,22 +42,21 @@ class StreamEngine:
 
     def __init__(
         self, world: World, attention: AttentionConfig, max_streams: int = 8, stream_bytes: int | None = None,
-        deterministic: bool = False, recorder: Recorder | None = None,
+        deterministic: bool = False, recorder: Recorder | None = None, runtime: Runtime | None = None,
     ) -> None:  # fmt: skip
         """stream_bytes: caches of one stream may not grow beyond; dense attention and recall probes do grow. None: 4
         GiB, or what the default attention takes.
         deterministic: streams are computed one by one, so that no bit of one depends on who shares its step. recorder:
-        makes CUDA graphs of the chunks of streams whose caches are full (one by one, too). Raises InvalidInput."""
+        makes CUDA graphs of the chunks of streams whose caches are full (one by one, too). runtime: None is PyTorch.
+        Raises InvalidInput."""
         check_attention(attention, world.config.sampler.latent_frames_per_chunk, "attention")
         self.world, self.attention, self.max_streams = world, attention, max_streams
         self.deterministic, self.recorder = deterministic, recorder
         model, sampler = world.config.model, world.config.sampler
-        weight = world.dit.head.head.weight
-        self.device, self.dtype = weight.device, weight.dtype
-        self.shape = CacheShape(
-            model.heads, model.head_dim, model.frame_tokens, sampler.latent_frames_per_chunk, model.rope_max_distance,
-            model.rope_split, model.rope_theta, self.device, self.dtype, model.grid[1],
-        )  # fmt: skip
+        self.shape = cache_shape(world)
+        self.device, self.dtype = self.shape.device, self.shape.dtype
+        self.runtime = runtime or TorchRuntime(world, self.shape)
+        self.runtime.check(attention, "attention")
         self.latent_shape = (
             sampler.latent_frames_per_chunk, model.latent_channels, model.latent_height, model.latent_width,
         )  # fmt: skip
@@ -73,11 +72,13 @@ class StreamEngine:
         check_device(device)
         if torch.device(device).type == "cuda":
             torch.backends.cudnn.benchmark = True  # all of a world's convolutions have one shape
-        loaded = load_world(world, device, dtype)
-        tune(loaded, execution or ExecutionConfig())
+        loaded, execution = load_world(world, device, dtype), execution or ExecutionConfig()
+        attention = attention or AttentionConfig()
+        runtime = make_runtime(loaded, cache_shape(loaded), attention, execution)
+        tune(loaded, execution)
         engine = cls(
-            loaded, attention or AttentionConfig(), max_streams, deterministic=deterministic,
-            recorder=recorder_for(loaded.dit.head.head.weight, execution or ExecutionConfig()),
+            loaded, attention, max_streams, deterministic=deterministic,
+            recorder=recorder_for(loaded.dit.head.head.weight, execution), runtime=runtime,
         )  # fmt: skip
         check_memory(engine.device, engine.attention, engine._bounded_bytes, max_streams)
         return engine
@@ -101,7 +102,7 @@ class StreamEngine:
             frames = attention.budget_frames * self.stream_bytes // needed
             most = f"about {frames} ({needed} bytes are more than a stream's {self.stream_bytes})"
             raise InvalidInput("OPTIONS.attention.budget_frames", f"got {attention.budget_frames}", most)
-        stream = Stream(self.world, self.shape, prompt, options, attention)
+        stream = Stream(self.world, self.shape, prompt, options, attention, self.runtime)
         self.streams[stream_id] = stream
 
     def close(self, stream_id: int) -> bool:
@@ -142,6 +143,7 @@ class StreamEngine:
                 raise InvalidInput(field, f"got {value!r:.40}", "more than 0, at most 1")
             if stream.attention.kind != "fastar":
                 raise InvalidInput(field, f"this stream's attention is {stream.attention.kind}", "fastar attention")
+            self.runtime.check(stream.attention.model_copy(update={"sparse_density": float(value)}), field)
         elif kind == "seed":
             if isinstance(value, bool) or not isinstance(value, int) or not 0 <= value < 2**63:
                 raise InvalidInput(field, f"got {value!r:.40}", "0..2^63-1")
@@ -186,7 +188,7 @@ class StreamEngine:
             raise SnapshotError(f"snapshot: of {weights} ({name!r:.40}); allowed: those of {mine!r}, as loaded here")
         try:
             self.streams[stream_id] = Stream.from_state(
-                self.world, self.shape, snapshot.header["stream"], snapshot.tensors
+                self.world, self.shape, snapshot.header["stream"], snapshot.tensors, self.runtime
             )
         except (KeyError, TypeError, ValueError, RuntimeError, IndexError) as error:
             raise SnapshotError(f"snapshot: it does not fit ({error!s:.120}); allowed: one of this release") from None
@@ -394,17 +396,7 @@ class StreamEngine:
 
     def _forward(self, streams: list[Stream], x: Tensor, sigma: float, actions: Tensor, *, progress: float,
                  write: bool) -> Tensor:  # fmt: skip
-        layers = range(self.world.config.model.layers)
-        attend = [
-            StreamsAttend(
-                self.shape, [s.caches[i] for s in streams], [s.probes[i] for s in streams],
-                progress=progress, write=write,
-            )
-            for i in layers
-        ]  # fmt: skip
-        cross = [StreamsAttendText([s.text[i] for s in streams]) for i in layers]
-        level = torch.full(x.shape[:2], sigma, device=self.device)
-        return self.world.dit(x, level, actions, attend, cross)
+        return self.runtime.forward(streams, x, sigma, actions, progress=progress, write=write)
 
     def _finish(self, stream: Stream, frames: int, seconds: float, batch: int, prompt_applied: bool) -> ChunkStats:
         caches = stream.caches.stats()
@@ -429,6 +421,14 @@ class StreamEngine:
         stream.latent_frame += self.shape.chunk_frames
         stream.stepped = time.monotonic()
         return stats
+
+
+def cache_shape(world: World) -> CacheShape:
+    model, weight = world.config.model, world.dit.head.head.weight
+    return CacheShape(
+        model.heads, model.head_dim, model.frame_tokens, world.config.sampler.latent_frames_per_chunk,
+        model.rope_max_distance, model.rope_split, model.rope_theta, weight.device, weight.dtype, model.grid[1],
+    )  # fmt: skip
 
 
 def where(error: Exception) -> str:

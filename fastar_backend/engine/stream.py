@@ -12,10 +12,11 @@ import torch
 from pydantic import Field
 from torch import Tensor
 
-from fastar_backend.attention import CacheShape, TextCache, make_caches
+from fastar_backend.attention import CacheShape, TextCache
 from fastar_backend.attention.recall import RecallProbe
 from fastar_backend.config import AttentionConfig, Config
 from fastar_backend.engine.density import Density
+from fastar_backend.engine.runtime import Runtime, TorchRuntime
 from fastar_backend.model.decoder import check_state
 from fastar_backend.model.world import World
 
@@ -85,8 +86,9 @@ class Stream:
     TENSORS = ("prompt", "target", "origin")
 
     def __init__(self, world: World, shape: CacheShape, prompt: str, options: StreamOptions,
-                 attention: AttentionConfig) -> None:  # fmt: skip
-        self._prepare(world, shape, attention, portable=options.measure_recall)  # probes look into portable caches
+                 attention: AttentionConfig, runtime: Runtime | None = None) -> None:  # fmt: skip
+        """runtime: None is PyTorch. Raises InvalidInput where it cannot run this attention."""
+        self._prepare(world, shape, attention, runtime, portable=options.measure_recall)
         self.probes = [RecallProbe(shape, cache) if options.measure_recall else None for cache in self.caches]
         self.noise.manual_seed(options.seed)
         # The embedded prompt [text tokens, text_dim]: in effect, at the end of a blend, at its beginning.
@@ -94,10 +96,12 @@ class Stream:
         self._remember_prompt()
         self.start = world.find_start(options.start, prompt)  # None once its frames are in the caches
 
-    def _prepare(self, world: World, shape: CacheShape, attention: AttentionConfig, portable: bool = False) -> None:
+    def _prepare(self, world: World, shape: CacheShape, attention: AttentionConfig, runtime: Runtime | None,
+                 portable: bool = False) -> None:  # fmt: skip
         self.world, self.attention = world, attention
+        self.runtime = runtime or TorchRuntime(world, shape)
         self.noise = torch.Generator()  # on the CPU: the same video on every device
-        self.caches = make_caches(shape, attention, world.config.model.layers, portable)
+        self.caches = self.runtime.caches(attention, portable)
         self.density = Density(attention.sparse_density)  # the guard's, where it holds a floor
         self.probes: list[RecallProbe | None] = [None] * len(self.caches)
         self.text: list[TextCache] = []
@@ -129,7 +133,7 @@ class Stream:
         dit = self.world.dit
         weight = dit.head.head.weight
         pairs = dit.prompt_keys_values(self.prompt[None].to(weight.device, weight.dtype))
-        text = [TextCache(key[0], value[0], self.prompt, self.attention) for key, value in pairs]
+        text = [self.runtime.text(key[0], value[0], self.prompt, self.attention) for key, value in pairs]
         if self.graphs is None or not self.graphs.recorded:
             self.text = text
         else:  # recordings know the tensors by their place in memory
@@ -202,10 +206,11 @@ class Stream:
         return numbers, tensors | values
 
     @classmethod
-    def from_state(cls, world: World, shape: CacheShape, numbers: dict[str, Any], tensors: dict[str, Tensor]) -> Stream:
+    def from_state(cls, world: World, shape: CacheShape, numbers: dict[str, Any], tensors: dict[str, Tensor],
+                   runtime: Runtime | None = None) -> Stream:  # fmt: skip
         """Raises KeyError, TypeError, ValueError, RuntimeError where the state does not fit."""
         stream = cls.__new__(cls)
-        stream._prepare(world, shape, AttentionConfig.model_validate(numbers["attention"]))
+        stream._prepare(world, shape, AttentionConfig.model_validate(numbers["attention"]), runtime)
         stream.density = Density.load(numbers["density"])
         for name in cls.NUMBERS:
             setattr(stream, name, numbers[name])

@@ -22,7 +22,7 @@ def costs(engine: StreamEngine, sizes: Sequence[int], steps: int = 3) -> dict[in
     streams = {}
     for index in range(max(sizes)):
         options = StreamOptions(start="nothing", seed=index)
-        stream = Stream(engine.world, engine.shape, prompt, options, engine.attention)
+        stream = Stream(engine.world, engine.shape, prompt, options, engine.attention, engine.runtime)
         fill(engine, stream)
         streams[-1 - index] = stream
     engine.streams |= streams

@@ -19,7 +19,7 @@ from fastar_backend.serve.install import STUB, Installation
 from fastar_backend.serve.settings import ServeSettings
 
 SUPPORT = "triton_python_backend_utils.py"  # of Triton's Python backend, imported by the stub
-PARAMETERS = ("world", "device", "attention", "service", "precision", "compile")
+PARAMETERS = ("world", "device", "attention", "service", "precision", "compile", "runtime", "engine_dir")
 # Seconds that Triton remembers an idle sequence longer than the service does: it counts from the last request, also
 # while that is being computed; and who comes back too late is to hear it from the service.
 TRITON_IDLE = 60.0
@@ -74,6 +74,8 @@ def render(config: str, settings: ServeSettings) -> str:
     batching.max_sequence_idle_microseconds = int((settings.service.idle_seconds + TRITON_IDLE) * 1e6)
     values = {"world": settings.world, "device": settings.device, "precision": settings.precision}
     values["compile"] = "auto" if settings.compile is None else settings.compile
+    values["runtime"] = settings.runtime
+    values["engine_dir"] = settings.engine_dir.resolve() if settings.engine_dir else ""
     values |= {name: getattr(settings, name).model_dump_json() for name in ("attention", "service")}
     for key in PARAMETERS:
         message.parameters[key].string_value = str(values[key])

@@ -16,7 +16,7 @@ from torch import Tensor
 from fastar_backend.attention import TextCache
 from fastar_backend.attention.flat_cache import FlatCaches
 from fastar_backend.config import AttentionConfig
-from fastar_backend.engine import stream as stream_module
+from fastar_backend.engine import runtime as runtime_module
 from fastar_backend.engine.engine import StreamEngine
 from fastar_backend.engine.graphs import CudaRecorder
 from fastar_backend.engine.snapshot import Snapshot
@@ -78,8 +78,8 @@ def world(tmp_path_factory):
 def by_kernels(monkeypatch):
     if not CUDA:  # there, the portable caches would be taken
         make = lambda shape, attention, layers, portable=False: FlatCaches(shape, attention, layers)  # noqa: E731
-        monkeypatch.setattr(stream_module, "make_caches", make)
-        monkeypatch.setattr(stream_module, "TextCache", KernelText)
+        monkeypatch.setattr(runtime_module, "make_caches", make)
+        monkeypatch.setattr(runtime_module, "TextCache", KernelText)
 
 
 def engines(world, attention: AttentionConfig = FASTAR) -> tuple[StreamEngine, StreamEngine, Recorder]:

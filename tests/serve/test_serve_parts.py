@@ -36,7 +36,10 @@ def test_the_rendered_configuration_holds_the_settings():
     assert parse(AttentionConfig, json.loads(values.pop("attention")), "attention") == AttentionConfig(kind="window")
     limits = parse(ServiceConfig, json.loads(values.pop("service")), "service")
     assert limits == ServiceConfig(max_streams=3, idle_seconds=1.5)
-    assert values == {"world": '/a "strange" path', "device": "cpu", "precision": "auto", "compile": "auto"}
+    assert values == {
+        "world": '/a "strange" path', "device": "cpu", "precision": "auto", "compile": "auto", "runtime": "torch",
+        "engine_dir": "",
+    }  # fmt: skip
     # What the settings do not touch is as in the file.
     original = text_format.Parse(CONFIG.read_text(), model_config_pb2.ModelConfig())
     assert (message.input, message.output) == (original.input, original.output)
@@ -47,10 +50,13 @@ def test_the_rendered_configuration_holds_the_settings():
 @pytest.mark.parametrize("compiled", [None, True, False])
 def test_how_to_execute_reaches_the_model_process(precision, compiled):
     """As its edge reads it."""
-    settings = parse(ServeSettings, {"precision": precision, "compile": compiled}, "serve")
+    engine = {"runtime": "tensorrt", "engine_dir": "/an/engine"} if precision == "auto" else {}
+    settings = parse(ServeSettings, {"precision": precision, "compile": compiled} | engine, "serve")
     message = text_format.Parse(runtime.render(CONFIG.read_text(), settings), model_config_pb2.ModelConfig())
     values = {name: message.parameters[name].string_value for name in ExecutionConfig.model_fields}
-    assert parse(ExecutionConfig, values, "execution") == ExecutionConfig(precision=precision, compile=compiled)
+    assert parse(ExecutionConfig, values, "execution") == ExecutionConfig(
+        precision=precision, compile=compiled, **engine
+    )
     original = text_format.Parse(CONFIG.read_text(), model_config_pb2.ModelConfig())
     values = {name: original.parameters[name].string_value for name in ExecutionConfig.model_fields}
     assert parse(ExecutionConfig, values, "execution") == ExecutionConfig()
@@ -63,14 +69,29 @@ def test_the_command_line_says_how_to_execute(monkeypatch):
         pass
 
     def stop(settings: ServeSettings) -> None:
-        seen.append((settings.precision, settings.compile))
+        seen.append((settings.precision, settings.compile, settings.runtime, settings.engine_dir))
         raise Stop
 
     monkeypatch.setattr(serve, "Server", stop)
-    for flags in ([], ["--compile", "--precision", "fp8"], ["--no-compile"]):
+    engine = ["--runtime", "tensorrt", "--engine", "/an/engine"]
+    for flags in ([], ["--compile", "--precision", "fp8"], ["--no-compile"], engine):
         result = CliRunner().invoke(app, ["serve", *flags])
         assert isinstance(result.exception, Stop)
-    assert seen == [("auto", None), ("fp8", True), ("auto", False)]
+    torch = "torch", None
+    assert seen == [
+        ("auto", None, *torch), ("fp8", True, *torch), ("auto", False, *torch),
+        ("auto", None, "tensorrt", Path("/an/engine")),
+    ]  # fmt: skip
+
+
+@pytest.mark.parametrize(
+    "values",
+    [{"runtime": "tensorrt"}, {"engine_dir": "/an/engine"},
+     {"runtime": "tensorrt", "engine_dir": "/an/engine", "precision": "fp8"}, {"runtime": "onnx"}],
+)  # fmt: skip
+def test_an_engine_and_its_runtime_go_together(values):
+    with pytest.raises(InvalidInput, match="runtime"):
+        parse(ExecutionConfig, values, "execution")
 
 
 def test_settings_say_what_is_wrong():
