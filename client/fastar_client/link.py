@@ -21,7 +21,6 @@ from fastar_client.decode import Decoder, is_small
 from fastar_client.errors import (
     FastarError,
     NotFound,
-    ResourceExhausted,
     ServerError,
     ServerUnavailable,
     StreamLost,
@@ -42,6 +41,7 @@ from fastar_client.protocol import (
     World,
     parse_reply,
 )
+from fastar_client.recovery import Diverged, Elsewhere, Pin, may_pass
 from fastar_client.transport import Call, Transport
 
 KEEPALIVE_SECONDS = 15.0  # of a paused stream
@@ -66,17 +66,6 @@ class Asked:
     actions: tuple[str, ...]
     sent_at: float
     again: tuple[str, ...]  # what to ask for should it have to be asked again
-
-
-class Elsewhere(Exception):
-    """The server went on from the state before `chunk`, which took `received` controls; our request did not fit it."""
-
-    def __init__(self, chunk: int, received: int | None) -> None:
-        self.chunk, self.received = chunk, received  # received: None where it is not known
-
-
-class Diverged(StreamLost):
-    """The chunks made again are not those that were lost."""
 
 
 class Link:
@@ -109,6 +98,7 @@ class Link:
         self._timers: dict[str, asyncio.TimerHandle] = {}
         self._news = asyncio.Event()  # something was asked, the pause or the stream is over
         self._call: Call | None = None
+        self._pin = Pin()
 
     def open(self, headers: dict[str, str]) -> None:
         """Opens the call. headers: further gRPC metadata. Raises ServerUnavailable where nothing is connected."""
@@ -220,7 +210,7 @@ class Link:
             failure: Exception | None = None
             gone = False
             try:
-                reply = await self._call.receive()
+                reply = await self._reply()
             except Exception as error:
                 failure, gone = error, True
             else:
@@ -234,7 +224,7 @@ class Link:
                         failure = error
             if failure is not None and not self.over:
                 if isinstance(failure, ServerUnavailable):
-                    self._transport.leave(self._call)
+                    self._leave()
                 if self._may_recover(failure):
                     await self._recover(failure)
                     gone = self.broken
@@ -242,6 +232,18 @@ class Link:
                     self._fail(failure)
             if gone:
                 return
+
+    async def _reply(self) -> Reply | FastarError | None:
+        """The call's next."""
+        assert self._call is not None
+        reply = await self._call.receive()
+        self._pin.note(self._call.pod)
+        return reply
+
+    def _leave(self) -> None:
+        """The call's server drains, is gone or refuses: on to another one, where a gateway or we know of one."""
+        self._transport.leave(self._call)
+        self._pin.clear()
 
     def _fail(self, error: BaseException) -> None:
         if isinstance(error, FastarError):
@@ -325,7 +327,7 @@ class Link:
             except FastarError as caught:
                 if left > 0 and may_pass(caught):
                     failure = caught
-                    self._transport.leave(self._call)
+                    self._leave()
                     await asyncio.sleep(min(wait * random.uniform(0.5, 1.5), left))
                     wait = min(2 * wait, BACK_OFF[1])
                     continue
@@ -350,7 +352,7 @@ class Link:
             actions = asked.again if chunk == history.next else history[chunk].actions
         self.sequence_id = secrets.randbelow(2**63 - 1) + 1
         self.controls.new_call()
-        self._call = self._transport.open(self._headers, fresh=True)
+        self._call = self._transport.open(self._headers | self._pin.headers, fresh=True)
         await self.share_memory(self.world)
         timeout = min(self._settings.timeout, max(left, 1.0))
         known = found.received if found is not None else None
@@ -418,7 +420,7 @@ class Link:
         try:
             async with asyncio.timeout(seconds):
                 while chunk or not self.controls.answered:
-                    reply = await self._call.receive()
+                    reply = await self._reply()
                     if reply is None:
                         raise StreamLost(f"{self._transport.url}: the server closed the stream")
                     if isinstance(reply, FastarError):
@@ -431,11 +433,3 @@ class Link:
         except TimeoutError:
             raise TimedOut(f"{self._transport.url}: no answer for {seconds:g} s") from None
         return None
-
-
-def may_pass(error: FastarError) -> bool:
-    """Whether what keeps a stream from being resumed may be over soon."""
-    if isinstance(error, NotFound):  # of the model while the server starts; or of the stream, for good
-        return str(error).startswith("model:")
-    transient = (StreamLost, ServerUnavailable, TimedOut, ResourceExhausted)
-    return isinstance(error, transient) and not isinstance(error, TakenOver | Diverged)

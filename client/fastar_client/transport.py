@@ -11,7 +11,7 @@ import dataclasses
 import re
 from collections.abc import AsyncGenerator, AsyncIterator, Awaitable, Callable, Mapping
 from pathlib import Path
-from typing import Protocol
+from typing import Any, Protocol
 
 import grpc
 import numpy as np
@@ -36,6 +36,7 @@ from fastar_client.protocol import (
     FRAMES,
     MODEL,
     OPTIONS,
+    POD_HEADER,
     PROMPT,
     STATS,
     VIDEO,
@@ -89,6 +90,7 @@ class Call(Protocol):
     """One bidirectional stream. Everything but `receive`, `share` and `close` returns at once."""
 
     url: str  # of the server it goes to
+    pod: str | None  # how a gateway names the server behind it, where it does: from the first reply on
 
     def send(self, request: ChunkRequest) -> None: ...
 
@@ -221,11 +223,12 @@ class GrpcCall:
     ) -> None:
         self._client, self._transport, self._own = client, transport, own
         self.url = transport.url
+        self.pod: str | None = None
         self._ring: Ring | None = None
         self._outbox: asyncio.Queue[ChunkRequest | None] = asyncio.Queue()
         self._cancelled = False
         self._streaming = False
-        self._replies = client.stream_infer(self._requests(), headers=dict(metadata))
+        self._replies: Any = client.stream_infer(self._requests(), headers=dict(metadata))
 
     def send(self, request: ChunkRequest) -> None:
         self._outbox.put_nowait(request)
@@ -247,7 +250,8 @@ class GrpcCall:
             if self._cancelled or (task is not None and task.cancelling()):
                 raise
             raise from_grpc("CANCELLED", "the call was cancelled", self.url, self._streaming) from None
-        self._streaming = True
+        if not self._streaming:
+            self._streaming, self.pod = True, await named_pod(self._replies)
         return from_server(error.message()) if error is not None else decode(result, self._ring)
 
     def cancel(self) -> None:
@@ -263,6 +267,9 @@ class GrpcCall:
     async def close(self) -> None:
         self.half_close()  # lets gRPC's reader of our requests end
         self.cancel()
+        # gRPC keeps the TCP connection while its call lives; and a stream and its call refer to each other, so it would
+        # live on until Python collects its garbage.
+        self._replies = Closed()
         if self._ring is not None:
             ring, self._ring = self._ring, None
             await ring.close()
@@ -273,6 +280,24 @@ class GrpcCall:
     async def _requests(self) -> AsyncIterator[dict[str, object]]:
         while (request := await self._outbox.get()) is not None:
             yield encode(request, self._ring)
+
+
+class Closed:
+    """The replies of a call that was closed."""
+
+    def cancel(self) -> None:
+        pass
+
+    async def __anext__(self) -> tuple[None, None]:
+        raise StopAsyncIteration
+
+
+async def named_pod(replies: Any) -> str | None:
+    """The pin that a gateway put into the headers of a call, once a reply has come. tritonclient has no public way to
+    them; without it streams are resumed wherever the gateway likes."""
+    call = getattr(replies, "_grpc_call", None)
+    headers = dict(await call.initial_metadata()) if call is not None else {}
+    return headers.get(POD_HEADER)
 
 
 def encode(request: ChunkRequest, ring: Ring | None = None) -> dict[str, object]:
@@ -352,6 +377,7 @@ class MockTransport:
 class MockCall:
     def __init__(self, serve: Script, url: str) -> None:
         self.url = url
+        self.pod: str | None = None
         self._inbox: asyncio.Queue[ChunkRequest | None] = asyncio.Queue()
         self._outbox: asyncio.Queue[Reply | FastarError | None] = asyncio.Queue()
         self._lost: StreamLost | None = None

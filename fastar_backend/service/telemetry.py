@@ -16,6 +16,7 @@ from fastar_backend.engine.stream import ChunkStats
 from fastar_backend.service.report import report
 
 SECONDS = (0.001, 0.003, 0.01, 0.03, 0.1, 0.2, 0.5, 1.0, 3.0, 10.0)
+STORING = (*SECONDS, 30.0, 60.0, 120.0, 300.0)  # gigabytes on their way to a slow store
 FPS = (1.0, 4.0, 8.0, 12.0, 14.0, 15.0, 16.0, 20.0, 22.0, 23.0, 24.0, 28.0, 30.0, 48.0, 60.0, 120.0)
 STREAMS = (1.0, 2.0, 4.0, 8.0, 16.0, 32.0, 64.0)
 RECALL = (0.5, 0.7, 0.8, 0.85, 0.9, 0.925, 0.95, 0.97, 0.98, 0.99, 1.0)
@@ -44,7 +45,7 @@ TABLE: dict[str, tuple[str, str, tuple[str, ...], tuple[float, ...]]] = {
     "fastar_sparse_density": ("gauge", "Share of cached keys attended to in the last guarded chunk", (), ()),
     "fastar_queue_requests": ("gauge", "Chunk requests that wait", (), ()),
     "fastar_utilisation": ("gauge", "Share of the time booked by streams with a frame rate", (), ()),
-    "fastar_snapshot_seconds": ("histogram", "Seconds from taking a snapshot until it is stored", (), SECONDS),
+    "fastar_snapshot_seconds": ("histogram", "Seconds from taking a snapshot until it is stored", (), STORING),
     "fastar_snapshots_total": ("counter", "Snapshots", ("result",), ()),
     "fastar_draining": ("gauge", "1 while the server moves its streams elsewhere to end", (), ()),
     "fastar_migrations_total": ("counter", "Streams taken from this draining server", ("result",), ()),
@@ -52,7 +53,7 @@ TABLE: dict[str, tuple[str, str, tuple[str, ...], tuple[float, ...]]] = {
         "histogram",
         "Seconds from a stream's stop here until it is stored",
         (),
-        SECONDS,
+        STORING,
     ),
     "fastar_controls_total": ("counter", "Controls taken", ("kind", "result"), ()),
 }

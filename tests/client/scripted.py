@@ -46,6 +46,8 @@ class ScriptedServer:
     requests: list[ChunkRequest] = dataclasses.field(default_factory=list)
     most_unanswered: int = 0
     token: str | None = None  # without one, no stream can be resumed
+    pod: str | None = None  # what a gateway in front of it would call it
+    headers: list[dict[str, str]] = dataclasses.field(default_factory=list)  # of each gRPC call, ours only
 
     hang = "hang"
     finish = "finish"
@@ -157,6 +159,11 @@ class Servicer(service_pb2_grpc.GRPCInferenceServiceServicer):
         return pb.ModelReadyResponse(ready=self.server.ready and request.name == MODEL)
 
     async def ModelStreamInfer(self, request_iterator, context):
+        headers = {key: value for key, value in context.invocation_metadata() if key.startswith("x-fastar-")}
+        self.server.headers.append(headers)
+        if self.server.pod not in (None, headers.get("x-fastar-pod")):
+            await context.send_initial_metadata([("x-fastar-pod", self.server.pod)])
+
         async def requests() -> AsyncIterator[ChunkRequest]:
             async for message in request_iterator:
                 yield decode_request(message)

@@ -17,6 +17,7 @@ from fastar_client.load.run import Runner, Target
 from fastar_client.transport import TlsFiles
 from live import LiveServer
 from scripted import ScriptedServer, grpc_server, until
+from test_client_addresses import closed_port
 from test_client_load_run import PACED, PERIOD, near, play, viewer
 
 
@@ -164,9 +165,10 @@ def test_a_relay_changes_nothing_until_it_drops():
         sent = bytes(range(256)) * 4001
         listener = await asyncio.start_server(echo, "127.0.0.1", 0)
         async with listener, asyncio.timeout(10):
-            for drop, end in ((True, "reset"), (False, "closed")):
+            there = f"127.0.0.1:{listener.sockets[0].getsockname()[1]}"
+            for drop, end, to in ((True, "reset", there), (False, "closed", f"{closed_port()}, {there}")):
                 ended: asyncio.Future[str] = asyncio.get_running_loop().create_future()
-                async with Relay(f"127.0.0.1:{listener.sockets[0].getsockname()[1]}") as relay:
+                async with Relay(to) as relay:
                     reader, writer = await asyncio.open_connection(*relay.url.split(":"))
                     writer.write(sent)
                     assert await reader.readexactly(len(sent)) == sent

@@ -14,13 +14,16 @@ from typing import Self
 
 
 class Relay:
-    """Passes bytes between connections to `url` (on 127.0.0.1) and the server at `target` ("host:port"), until `drop`.
-    Use with `async with`; leaving drops what is left."""
+    """Passes bytes between connections to `url` (on 127.0.0.1) and a server, until `drop`. Use with `async with`;
+    leaving drops what is left.
 
-    def __init__(self, target: str) -> None:
-        self.target = target.removeprefix("grpc://")
-        host, _, port = self.target.rpartition(":")
-        self.host, self.port = host.strip("[]"), int(port)
+    targets: "host:port", or several joined by commas: of them the first that takes the connection.
+    """
+
+    def __init__(self, targets: str) -> None:
+        self._targets = [target.strip().removeprefix("grpc://") for target in targets.split(",")]
+        self.target = self._targets[0]  # whose name certificates are checked against
+        self.host = split(self.target)[0]
         self._writers: list[asyncio.StreamWriter] = []
         self._pumps: set[asyncio.Task[None]] = set()
         self._dropped = False
@@ -46,9 +49,11 @@ class Relay:
 
     async def _accept(self, reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
         self._writers.append(writer)
-        try:
-            there, out = await asyncio.open_connection(self.host, self.port)
-        except OSError:  # the client sees its connection closed, and says that no server is there
+        for target in self._targets:
+            with contextlib.suppress(OSError):
+                there, out = await asyncio.open_connection(*split(target))
+                break
+        else:  # the client sees its connection closed, and says that no server is there
             writer.close()
             return
         self._writers.append(out)
@@ -66,6 +71,11 @@ class Relay:
                 sink.write(data)
                 await sink.drain()
             sink.write_eof()
+
+
+def split(target: str) -> tuple[str, int]:
+    host, _, port = target.rpartition(":")
+    return host.strip("[]"), int(port)
 
 
 def reset(writer: asyncio.StreamWriter) -> None:
