@@ -18,6 +18,8 @@ from __future__ import annotations
 
 import ast
 import dataclasses
+import hashlib
+import json
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any, Literal
 
@@ -42,7 +44,7 @@ class Argument:
 class Operator:
     """grid: expressions, along x and y. constants: constexprs that are expressions over dimensions and attributes (by
     name) or numbers; `tiled`: constexprs and launch options that follow from the type, (half, float32). attributes:
-    name -> default, which gives the type."""
+    name -> default, which gives the type. divides: value -> what it must be a multiple of; at_most: value -> bound."""
 
     name: str
     kernel: Any  # triton.JITFunction
@@ -53,6 +55,8 @@ class Operator:
     constants: Mapping[str, str | int] = dataclasses.field(default_factory=dict)
     tiled: tuple[Mapping[str, int], Mapping[str, int]] = ({}, {})
     attributes: Mapping[str, int | float | bool] = dataclasses.field(default_factory=dict)
+    divides: Mapping[str, str] = dataclasses.field(default_factory=dict)
+    at_most: Mapping[str, str] = dataclasses.field(default_factory=dict)
 
     def bindings(self) -> dict[str, tuple[int, int]]:
         """Symbol -> (input, dimension) that gives its value."""
@@ -151,21 +155,25 @@ _OPERATORS = [
     # visits. Rows without a key are zeros.
     Operator(
         "attend_sparse", kernels.attend_sparse,
-        _args(QUERY, *CACHE, "count f32 G,R", "order i32 G,N", "counts i32 G,Q", "blocks i32 G,Q,K"),
+        _args(QUERY, *CACHE, "count f32 G,R", "order i32 G,N", "counts i32 G,cdiv(N,BLOCK_M)",
+              "blocks i32 G,cdiv(N,BLOCK_M),K"),
         _args("out half N,G,D"),
         ("cdiv(N, BLOCK_M)", "G"), ("N", "G", "R", "K"), {"D": "D"}, SPARSE,
+        divides={"R": "128"},
     ),
     # Writes a chunk's keys or values into the rows of a cache that begin at row[stream].
     Operator(
         "append", kernels.append,
         _args("cache half G,R,D", "new half N,G,D", "row i32 B"), _args("cache_after half G,R,D = cache"),
         ("cdiv(N, BLOCK)", "G"), ("N", "G", "R", "B"), {"D": "D"}, ({"BLOCK": 32, "num_warps": 4},) * 2,
+        divides={"G": "B"}, at_most={"N": "R"},
     ),
     # Rotary positions in time: token t of N by line lines[t // (N // F)] of the table of turns.
     Operator(
         "turn", kernels.turn,
         _args("source half N,G,D", "lines i32 F", "cos f32 L,C", "sin f32 L,C"), _args("out half N,G,D"),
         ("cdiv(N, BLOCK)", "G"), ("N", "G", "F"), {"D": "D", "TIME": "2 * C"}, ({"BLOCK": 32, "num_warps": 4},) * 2,
+        divides={"N": "F"}, at_most={"2 * C": "D"},
     ),
     # Likewise, groups first, in place into the rows of a cache that begin at the attribute `row`.
     Operator(
@@ -173,7 +181,7 @@ _OPERATORS = [
         _args("cache half G,R,D", "source half G,n,D", "lines i32 F", "cos f32 L,C", "sin f32 L,C"),
         _args("cache_after half G,R,D = cache"),
         ("cdiv(n, BLOCK)", "G"), ("n", "R", "F", "row"), {"D": "D", "TIME": "2 * C"},
-        ({"BLOCK": 32, "num_warps": 4},) * 2, {"row": 0},
+        ({"BLOCK": 32, "num_warps": 4},) * 2, {"row": 0}, divides={"n": "F"}, at_most={"row + n": "R", "2 * C": "D"},
     ),
     # Running mean over chunks (`decay`) of the attention mass of each row, over every stride-th query; the chunk's
     # `own` rows, from row[stream] on, start with what they have.
@@ -184,7 +192,7 @@ _OPERATORS = [
         ("cdiv(R, BLOCK_N)", "G"), ("N", "G", "R", "B", "stride", "own"), {"D": "D", "DECAY": "decay"},
         ({"BLOCK_M": 64, "BLOCK_N": 64, "num_warps": 4, "num_stages": 2},
          {"BLOCK_M": 32, "BLOCK_N": 64, "num_warps": 4, "num_stages": 1}),
-        {"stride": 1, "own": 1, "decay": 0.9},
+        {"stride": 1, "own": 1, "decay": 0.9}, divides={"G": "B"}, at_most={"own": "R"},
     ),
     # Unit vectors as int8 codes, 127 long.
     Operator(
@@ -199,12 +207,14 @@ _OPERATORS = [
         ("cdiv(n, BLOCK_M)", "G"), ("n", "S"), {"D": "4 * W"},
         ({"BLOCK_M": 128, "BLOCK_N": 64, "num_warps": 8, "num_stages": 3},) * 2,
     ),
-    # TempCache: where `replace` is not 0, token newcomer[pair] founds a group of one in slot[pair].
+    # TempCache: where `replace` is not 0, token newcomer[pair] founds a group of one in slot[pair]; slots of pairs are
+    # distinct. loser: who is then without a place: the group that was there, else the token itself.
     Operator(
         "place", kernels.place,
         _args("slot i32 G,P", "newcomer i32 G,P", "replace i32 G,P", *NEW, "new_usage f32 G,n", *HELD),
-        _args(*HELD_AFTER),
-        ("P", "G"), ("P", "n", "S", "R"), {"D": "D"}, ({"num_warps": 1},) * 2,
+        _args(*HELD_AFTER, "loser_value half G,P,D", "loser_code i32 G,P,D//4", "loser_count f32 G,P",
+              "loser_usage f32 G,P"),
+        ("P", "G"), ("P", "n", "S", "R"), {"D": "D"}, ({"num_warps": 1},) * 2, at_most={"S": "R"},
     ),
     # TempCache: entry p, token order[p], joins the group in slot target[p] (ascending; S: none). `renew`: keys and
     # codes become those of the last member.
@@ -213,6 +223,13 @@ _OPERATORS = [
         _args("target i32 G,n", "order i32 G,n", *NEW, "new_count f32 G,n", "new_usage f32 G,n", *HELD),
         _args(*HELD_AFTER),
         ("n", "G"), ("n", "S", "R"), {"D": "D", "RENEW": "renew"}, ({"num_warps": 1},) * 2, {"renew": True},
+        at_most={"S": "R"},
+    ),
+    # Numbers of tokens by ascending key, equal ones in order.
+    Operator(
+        "arrange", kernels.arrange,
+        _args("key i32 G,n"), _args("order i32 G,n"),
+        ("cdiv(n, BLOCK)", "G"), ("n",), {}, ({"BLOCK": 64, "num_warps": 4},) * 2,
     ),
     # AnnSA: the mean of each block of queries, taken in `order`.
     Operator(
@@ -228,6 +245,7 @@ _OPERATORS = [
         _args("mean half G,Q,D", "key half G,R,D", "count f32 G,R"), _args("near f32 G,Q,R//128"),
         ("R // 128", "G"), ("Q", "R"), {"D": "D", "BLOCK_N": 128},
         ({"BLOCK_M": 64, "num_warps": 4, "num_stages": 2}, {"BLOCK_M": 16, "num_warps": 4, "num_stages": 1}),
+        divides={"R": "128"},
     ),
     # AnnSA: the key blocks of the chunk's `own` rows, from row[stream] on, and of the others that hold keys the share
     # `density` that is nearest: the first `counts` of `blocks`, which has all of them, best first, equal ones in order.
@@ -235,21 +253,31 @@ _OPERATORS = [
         "choose_blocks", kernels.choose_blocks,
         _args("near f32 G,Q,K", "row i32 B"), _args("counts i32 G,Q", "blocks i32 G,Q,K"),
         ("Q", "G"), ("G", "Q", "K", "B", "own"), {"DENSITY": "density", "KEYS": 128},
-        ({"BLOCK": 64, "num_warps": 4},) * 2, {"own": 1, "density": 1.0},
+        ({"BLOCK": 64, "num_warps": 4},) * 2, {"own": 1, "density": 1.0}, divides={"G": "B"},
     ),
     # Bucket numbers: bit b is the sign of the product with column b of `planes`, at most 30.
     Operator(
         "signatures", kernels.signatures,
         _args("x half N,G,D", "planes f32 D,V"), _args("bucket i32 G,N"),
-        ("cdiv(N, BLOCK)", "G"), ("N", "G", "V"), {"D": "D"}, ({"BLOCK": 32, "num_warps": 4},) * 2,
+        ("cdiv(N, BLOCK)", "G"), ("N", "G", "V"), {"D": "D"}, ({"BLOCK": 32, "num_warps": 4},) * 2, at_most={"V": "30"},
     ),
     # AnnCA: a prompt token's count, 0 unless `always` is not 0 or some query of its head shares a bucket with it. Each
     # `bits` columns of `planes` make one table of buckets.
     Operator(
         "keep_text", kernels.keep_text,
-        _args(QUERY, "key half G,T,D", "count f32 G,T", "planes f32 D,V", "always f32 T"), _args("count_after f32 G,T"),
+        _args(QUERY, "key half G,T,D", "count f32 G,T", "planes f32 D,V", "always f32 G,T"),
+        _args("count_after f32 G,T"),
         ("cdiv(T, BLOCK_N)", "G"), ("N", "G", "T", "V", "bits"), {"D": "D"},
-        ({"BLOCK_M": 64, "BLOCK_N": 64, "num_warps": 4},) * 2, {"bits": 8},
+        ({"BLOCK_M": 64, "BLOCK_N": 64, "num_warps": 4},) * 2, {"bits": 8}, divides={"V": "bits"}, at_most={"bits": "30"},
     ),
 ]  # fmt: skip
 OPERATORS: dict[str, Operator] = {operator.name: operator for operator in _OPERATORS}
+
+
+def table_hash() -> str:
+    """Of what an engine and its plugins must agree on: names, types, shapes, aliases and attributes of the operators."""
+    lines = [
+        (op.name, [dataclasses.astuple(a) for a in (*op.inputs, *op.outputs)], sorted(op.attributes.items()))
+        for op in OPERATORS.values()
+    ]
+    return hashlib.sha256(json.dumps(sorted(lines)).encode()).hexdigest()
