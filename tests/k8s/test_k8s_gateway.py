@@ -137,6 +137,21 @@ def test_the_status_port_shows_metrics_and_no_more(running):
             urllib.request.urlopen(urllib.request.Request(f"{running.status}{path}", method="POST"), timeout=5)
 
 
+def test_calls_pass_over_a_server_that_has_just_gone(servers, tmp_path):
+    """As nothing is known of it yet, and it has the fewest calls; also a pin to it."""
+    gone = Server("gone")
+    with gateway(tmp_path, [gone.port, *(server.port for server in servers)]) as running:
+        running.wait_for(4)
+        with grpc.insecure_channel(running.url) as channel:
+            name, pin = "", ""
+            while name != gone.name:
+                name, pin = ask(channel, stream=secrets.token_hex(8))
+            gone.stop()
+            names = [ask(channel)[0] for _ in range(12)]
+            names += [ask(channel, stream=secrets.token_hex(8), pod=pin)[0] for _ in range(12)]
+            assert gone.name not in names
+
+
 def test_a_lost_server_moves_its_streams_and_no_others(running, channel, servers):
     """Last: it takes a server away."""
     streams = [secrets.token_hex(8) for _ in range(90)]
