@@ -152,9 +152,28 @@ def nearest(
 def place(
     slot, newcomer, replace, new_value, new_key, new_code, new_usage, key, value, code, count, usage,
     pairs, tokens, slots, rows,
-    key_after, value_after, code_after, count_after, usage_after,
+    key_after, value_after, code_after, count_after, usage_after, loser_value, loser_code, loser_count, loser_usage,
     D: tl.constexpr,
 ):  # fmt: skip
+    """What the pair leaves without a place is read before `place_kernel` overwrites it: slots of pairs are distinct."""
+    group = tl.program_id(1).to(tl.int64)
+    pair = group * pairs + tl.program_id(0)
+    dims = tl.arange(0, D)
+    to, token = tl.load(slot + pair).to(tl.int64), group * tokens + tl.load(newcomer + pair)
+    held = tl.load(count_after + group * rows + to)
+    if (tl.load(replace + pair) != 0) & (held > 0):
+        lost = tl.load(value_after + (group * rows + to) * D + dims)
+        lost_code = tl.load(_int8(code_after) + (group * slots + to) * D + dims)
+        lost_usage = tl.load(usage_after + group * rows + to)
+    else:
+        held = 1.0
+        lost = tl.load(new_value + token * D + dims)
+        lost_code = tl.load(_int8(new_code) + token * D + dims)
+        lost_usage = tl.load(new_usage + token)
+    tl.store(loser_value + pair * D + dims, lost)
+    tl.store(_int8(loser_code) + pair * D + dims, lost_code)
+    tl.store(loser_count + pair, held)
+    tl.store(loser_usage + pair, lost_usage)
     place_kernel(
         slot, newcomer, replace, new_key, new_value, _int8(new_code), new_usage,
         pairs, tokens, slots, tokens * D, rows * D, rows,
@@ -174,6 +193,28 @@ def merge(
         tokens, slots, tokens * D, rows * D, rows,
         key_after, value_after, _int8(code_after), count_after, usage_after, D, RENEW,
     )  # fmt: skip
+
+
+@triton.jit
+def arrange(
+    key,
+    tokens,
+    order,
+    BLOCK: tl.constexpr,
+):  # fmt: skip
+    """A token's place is the number of tokens whose key is less, or equal and that are before it."""
+    key += tl.program_id(1).to(tl.int64) * tokens
+    token = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)
+    valid = token < tokens
+    mine = tl.load(key + token, mask=valid, other=0)[:, None]
+    before = tl.zeros([BLOCK], tl.int32)
+    for start in range(0, tokens, BLOCK):
+        other = start + tl.arange(0, BLOCK)
+        inside = (other < tokens)[None, :]
+        theirs = tl.load(key + other, mask=other < tokens, other=0)[None, :]
+        less = inside & ((theirs < mine) | ((theirs == mine) & (other[None, :] < token[:, None])))
+        before += tl.sum(less.to(tl.int32), 1)
+    tl.store(order + tl.program_id(1).to(tl.int64) * tokens + before, token, mask=valid)
 
 
 @triton.jit
@@ -289,7 +330,7 @@ def keep_text(
     inside = token < tokens
     dims = tl.arange(0, D)[None, :]
     k = tl.load(key + (group * tokens + token)[:, None] * D + dims, mask=inside[:, None], other=0.0).to(tl.float32)
-    keep = tl.load(always + token, mask=inside, other=0.0) != 0
+    keep = tl.load(always + group * tokens + token, mask=inside, other=0.0) != 0
     for table in range(0, projections // bits):
         theirs = _buckets(k, planes, table, bits, projections, D)
         for start in range(0, queries, BLOCK_M):

@@ -18,6 +18,7 @@ from __future__ import annotations
 
 import ast
 import dataclasses
+import re
 import hashlib
 import json
 from collections.abc import Callable, Mapping, Sequence
@@ -119,7 +120,7 @@ def _args(*lines: str) -> tuple[Argument, ...]:
     for line in lines:
         text, _, alias = line.partition(" = ")
         name, kind, dims = text.split()
-        made.append(Argument(name, kind, tuple(dims.split(",")), alias or None))
+        made.append(Argument(name, kind, tuple(re.split(r",(?![^(]*\))", dims)), alias or None))
     return tuple(made)
 
 
@@ -268,14 +269,15 @@ _OPERATORS = [
         _args(QUERY, "key half G,T,D", "count f32 G,T", "planes f32 D,V", "always f32 G,T"),
         _args("count_after f32 G,T"),
         ("cdiv(T, BLOCK_N)", "G"), ("N", "G", "T", "V", "bits"), {"D": "D"},
-        ({"BLOCK_M": 64, "BLOCK_N": 64, "num_warps": 4},) * 2, {"bits": 8}, divides={"V": "bits"}, at_most={"bits": "30"},
+        ({"BLOCK_M": 64, "BLOCK_N": 64, "num_warps": 4},) * 2, {"bits": 8},
+        divides={"V": "bits"}, at_most={"bits": "30"},
     ),
 ]  # fmt: skip
 OPERATORS: dict[str, Operator] = {operator.name: operator for operator in _OPERATORS}
 
 
 def table_hash() -> str:
-    """Of what an engine and its plugins must agree on: names, types, shapes, aliases and attributes of the operators."""
+    """Of what a graph and the plugins must agree on: the operators' names, tensors and attributes."""
     lines = [
         (op.name, [dataclasses.astuple(a) for a in (*op.inputs, *op.outputs)], sorted(op.attributes.items()))
         for op in OPERATORS.values()
