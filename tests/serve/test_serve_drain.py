@@ -136,7 +136,7 @@ def test_four_streams_go_on_at_the_other_server(goes, stays, record_property, ca
         same(ours, alone(stays, CHUNKS, seed))
     assert "drained: 4 streams" in caplog.text
     gaps = [max(np.diff(times)) for times in arrivals]
-    record_property("gaps", gaps)
+    record_property("gaps", [float(gap) for gap in gaps])
     print(f"largest gaps between chunks: {[round(float(gap), 3) for gap in gaps]} s; drained in {took[0]:.2f} s")
     assert took[0] < EXIT / 3
     assert max(gaps) < 5
