@@ -246,7 +246,8 @@ def near_blocks(
     column = block * BLOCK_N + tl.arange(0, BLOCK_N)
     dims = tl.arange(0, D)
     k = tl.load(key + (group * rows + column)[:, None] * D + dims[None, :])
-    bias = tl.log(tl.load(count + group * rows + column))  # log 0 = -inf: no key
+    members = tl.load(count + group * rows + column)
+    bias = tl.where(members > 0, tl.log(tl.where(members > 0, members, 1.0)), -float("inf"))
     for start in range(0, query_blocks, BLOCK_M):
         line = start + tl.arange(0, BLOCK_M)
         valid = line < query_blocks

@@ -18,9 +18,9 @@ from __future__ import annotations
 
 import ast
 import dataclasses
-import re
 import hashlib
 import json
+import re
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any, Literal
 
@@ -193,7 +193,7 @@ _OPERATORS = [
         ("cdiv(R, BLOCK_N)", "G"), ("N", "G", "R", "B", "stride", "own"), {"D": "D", "DECAY": "decay"},
         ({"BLOCK_M": 64, "BLOCK_N": 64, "num_warps": 4, "num_stages": 2},
          {"BLOCK_M": 32, "BLOCK_N": 64, "num_warps": 4, "num_stages": 1}),
-        {"stride": 1, "own": 1, "decay": 0.9}, divides={"G": "B"}, at_most={"own": "R"},
+        {"stride": 1, "own": 1, "decay": 0.95}, divides={"G": "B"}, at_most={"own": "R"},
     ),
     # Unit vectors as int8 codes, 127 long.
     Operator(
