@@ -143,7 +143,7 @@ class StreamEngine:
                 raise InvalidInput(field, f"got {value!r:.40}", "more than 0, at most 1")
             if stream.attention.kind != "fastar":
                 raise InvalidInput(field, f"this stream's attention is {stream.attention.kind}", "fastar attention")
-            self.runtime.check(stream.attention.model_copy(update={"sparse_density": float(value)}), field)
+            self.runtime.check(stream.attention.model_copy(update={"sparse_density": float(value)}), "CONTROL")
         elif kind == "seed":
             if isinstance(value, bool) or not isinstance(value, int) or not 0 <= value < 2**63:
                 raise InvalidInput(field, f"got {value!r:.40}", "0..2^63-1")
