@@ -85,7 +85,7 @@ def serve(
         str | None,
         typer.Option(
             envvar="FASTAR_SNAPSHOTS",
-            help="Where streams are stored: a folder or any fsspec URL.",
+            help="Where streams are stored: a folder, any fsspec URL, or redis://[user:password@]host:port.",
             show_default="a private folder, gone with the server",
         ),
     ] = None,

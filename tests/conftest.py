@@ -14,6 +14,7 @@ if not torch.cuda.is_available():  # before any kernel is imported: without a GP
 sys.path.insert(0, str(Path(__file__).parents[1]))  # for `training`, which is not installed
 
 import random_world
+import running_redis
 
 from fastar_backend.model.world import World, load_world
 
@@ -30,6 +31,13 @@ def _one_thread():
 def tiny_world(tmp_path_factory) -> Path:
     """Folder of a world with random weights; read-only."""
     return random_world.write(tmp_path_factory.mktemp("world") / "random")
+
+
+@pytest.fixture
+def redis(tmp_path):
+    """An empty one."""
+    with running_redis.running_redis(tmp_path) as redis:
+        yield redis
 
 
 @pytest.fixture(scope="session")

@@ -76,7 +76,8 @@ def render(config: str, settings: ServeSettings) -> str:
     values["compile"] = "auto" if settings.compile is None else settings.compile
     values["runtime"] = settings.runtime
     values["engine_dir"] = settings.engine_dir.resolve() if settings.engine_dir else ""
-    values |= {name: getattr(settings, name).model_dump_json() for name in ("attention", "service")}
+    values["attention"] = settings.attention.model_dump_json()
+    values["service"] = settings.service.model_dump_json(exclude={"snapshots"})  # may hold a password, and Triton tells
     for key in PARAMETERS:
         message.parameters[key].string_value = str(values[key])
     return text_format.MessageToString(message)
@@ -118,6 +119,7 @@ def _environment(settings: ServeSettings, installation: Installation, folder: Pa
     # The stub embeds Python: it takes the first python3 on PATH for its home, and so this environment's packages.
     environment["PATH"] = os.pathsep.join([str(Path(sys.executable).parent), environment.get("PATH", os.defpath)])
     environment["FASTAR_DRAIN_FILE"] = str(folder / "drain")
+    environment["FASTAR_SNAPSHOTS"] = settings.service.snapshots or ""
     if installation.library:
         libraries = [str(installation.library), environment.get("LD_LIBRARY_PATH", "")]
         environment["LD_LIBRARY_PATH"] = os.pathsep.join(filter(None, libraries))

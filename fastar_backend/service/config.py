@@ -25,7 +25,8 @@ class ServiceConfig(Config):
     pending_requests: int = Field(4, ge=2, le=64)  # of one stream: two in flight, and some room for races
     controls_per_second: float = Field(100.0, gt=0)  # of one stream, bursts of as many allowed
     # Snapshots
-    snapshots: str | None = None  # any fsspec URL; None: a private folder that lives as long as `fastar serve`
+    # An fsspec URL, or redis://...; None: a private folder that lives as long as `fastar serve`
+    snapshots: str | None = None
     snapshot_chunks: int = Field(48, ge=0)  # one every so many chunks; 0: only when asked, and at a stream's abrupt end
     snapshots_kept: int = Field(2, ge=1, le=64)  # newest ones of each stream
     snapshot_ttl: float = Field(3600.0, ge=1)  # a snapshot lives so long

@@ -37,7 +37,7 @@ from fastar_backend.service.outbox import Outbox
 from fastar_backend.service.report import as_fastar_error
 from fastar_backend.service.schedule import choose
 from fastar_backend.service.session import Request, Session, StartOptions, check_tenant, read_options
-from fastar_backend.service.store import SnapshotStore
+from fastar_backend.service.store import Store
 from fastar_backend.service.telemetry import Metrics, Tracing
 from fastar_backend.service.vault import Vault
 
@@ -49,7 +49,7 @@ class Service:
     """Thread-safe. Raises what the engine raises while warming up."""
 
     def __init__(self, load: Callable[[], StreamEngine], config: ServiceConfig, metrics: Metrics,
-                 store: SnapshotStore, tracing: Tracing | None = None) -> None:  # fmt: skip
+                 store: Store, tracing: Tracing | None = None) -> None:  # fmt: skip
         """load: makes the engine; called in the engine's thread. Returns when it is loaded and measured."""
         self.config, self.metrics, self.store, self.tracing = config, metrics, store, tracing
         self.most = config.max_batch or config.max_streams

@@ -1,4 +1,5 @@
-"""Where snapshots live: any fsspec URL. A stream's folder is named by the hash of its token, which is never stored.
+"""Where snapshots live: any fsspec URL (Redis: redis_store.py). A stream's folder is named by the hash of its token,
+which is never stored.
 
 Servers that share a store fence each other. A stream's owner has an epoch, 1 where it began; who takes the stream over
 claims the next one by creating `owner.EPOCH`, which holds the chunk it goes on from. A snapshot is named `CHUNK.EPOCH`,
@@ -13,6 +14,8 @@ import hashlib
 import re
 import secrets
 import time
+from collections.abc import Iterable
+from typing import Protocol
 
 import fsspec
 from fsspec.implementations.local import LocalFileSystem
@@ -28,6 +31,33 @@ class StoreError(FastarError):
     """The store cannot be reached, is full, or refuses."""
 
     code = "UNAVAILABLE"
+
+
+class Store(Protocol):
+    """What the service asks of one: see SnapshotStore."""
+
+    def claim(self, token: str, chunk: int) -> int: ...
+
+    def put(self, token: str, chunk: int, data: bytes, epoch: int = FIRST_EPOCH) -> None: ...
+
+    def chunks(self, token: str) -> list[int]: ...
+
+    def get(self, token: str, chunk: int | None = None) -> tuple[int, bytes]: ...
+
+    def drop(self, token: str, after: int = -1, epoch: int = FIRST_EPOCH) -> None: ...
+
+    def sweep(self) -> None: ...
+
+
+def open_store(url: str, keep: int, ttl: float) -> Store:
+    """By what `url` begins with. Raises StoreError."""
+    if not url.startswith(("redis://", "rediss://")):
+        return SnapshotStore(url, keep, ttl)
+    try:
+        from fastar_backend.service.redis_store import RedisStore  # an extra: not every server has its client
+    except ImportError:
+        raise StoreError("snapshots: no client for Redis; allowed: pip install 'fastar-serve[redis]'") from None
+    return RedisStore(url, keep, ttl)
 
 
 class SnapshotStore:
@@ -94,8 +124,7 @@ class SnapshotStore:
         with self._errors("list"):
             there = self._valid(token)
         if not there or chunk is not None and chunk not in there:
-            numbers = ", ".join(map(str, sorted(there)))
-            raise UnknownStream(f"snapshot: not there; allowed: {numbers or 'none is stored'}")
+            raise not_there(there)
         number = max(there) if chunk is None else chunk
         with self._errors("read"):
             path = f"{self._folder(token)}/{number}.{there[number]}"
@@ -147,7 +176,7 @@ class SnapshotStore:
 
     def _check_owner(self, token: str, epoch: int) -> None:
         if newest(*self._there(token)) > epoch:
-            raise Superseded("snapshot: its stream was taken over by another server; allowed: the newest owner's")
+            raise superseded()
 
     def _create(self, path: str, data: bytes) -> None:
         """Raises FileExistsError."""
@@ -172,6 +201,15 @@ class SnapshotStore:
         except Exception as error:  # every filesystem raises its own
             reason = getattr(error, "strerror", None) or type(error).__name__
             raise StoreError(f"snapshots: cannot {what} ({reason}); allowed: a store that works") from None
+
+
+def superseded() -> Superseded:
+    return Superseded("snapshot: its stream was taken over by another server; allowed: the newest owner's")
+
+
+def not_there(there: Iterable[int]) -> UnknownStream:
+    numbers = ", ".join(map(str, sorted(there)))
+    return UnknownStream(f"snapshot: not there; allowed: {numbers or 'none is stored'}")
 
 
 def newest(snapshots: list[tuple[int, int]], owners: list[int]) -> int:

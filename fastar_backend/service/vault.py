@@ -14,7 +14,7 @@ from fastar_backend.engine.snapshot import Snapshot
 from fastar_backend.errors import Superseded, UnknownStream
 from fastar_backend.service.report import quietly
 from fastar_backend.service.session import Session
-from fastar_backend.service.store import SnapshotStore
+from fastar_backend.service.store import Store
 from fastar_backend.service.telemetry import Metrics
 
 SAVING = 2  # snapshots of one stream on their way to the store; more would only pile up
@@ -23,9 +23,7 @@ SAVING = 2  # snapshots of one stream on their way to the store; more would only
 class Vault:
     """`wake`: the service's lock, notified when a snapshot was read."""
 
-    def __init__(
-        self, store: SnapshotStore, engine: StreamEngine, kept: int, metrics: Metrics, wake: Condition
-    ) -> None:
+    def __init__(self, store: Store, engine: StreamEngine, kept: int, metrics: Metrics, wake: Condition) -> None:
         self.store, self.engine, self.kept, self.metrics, self.wake = store, engine, kept, metrics, wake
         self.disk = ThreadPoolExecutor(1, "fastar-snapshots", torch.set_num_threads, (1,))  # no OpenMP team of its own
 

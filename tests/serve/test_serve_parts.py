@@ -25,8 +25,9 @@ CONFIG = Path(__file__).parents[2] / "model_repository" / "fastar" / "config.pbt
 
 
 def test_the_rendered_configuration_holds_the_settings():
+    store = "redis://:s3cret@127.0.0.1"  # not there: Triton shows its configuration to whoever asks
     settings = ServeSettings(
-        max_streams=3, idle_seconds=1.5, attention="window", world='/a "strange" path', device="cpu"
+        max_streams=3, idle_seconds=1.5, attention="window", world='/a "strange" path', device="cpu", snapshots=store
     )
     message = text_format.Parse(runtime.render(CONFIG.read_text(), settings), model_config_pb2.ModelConfig())
     assert message.max_batch_size == 4
@@ -40,6 +41,7 @@ def test_the_rendered_configuration_holds_the_settings():
         "world": '/a "strange" path', "device": "cpu", "precision": "auto", "compile": "auto", "runtime": "torch",
         "engine_dir": "",
     }  # fmt: skip
+    assert "s3cret" not in str(message)
     # What the settings do not touch is as in the file.
     original = text_format.Parse(CONFIG.read_text(), model_config_pb2.ModelConfig())
     assert (message.input, message.output) == (original.input, original.output)

@@ -9,7 +9,7 @@ import pytest
 from harness import Client, make_service
 
 from fastar_backend.errors import FastarError, Stopping, Superseded, UnknownStream
-from fastar_backend.service.store import SnapshotStore
+from fastar_backend.service.store import SnapshotStore, open_store
 
 ACTIONS = ["", "forward", "turn_left", "", "attack", "forward", "", "turn_left"]
 
@@ -223,10 +223,11 @@ def test_who_comes_back_to_the_old_server_owns_the_stream_again(pair):
     assert until(lambda: 5 in old.sessions[back.id].stored), "its writes are welcome"
 
 
-@pytest.mark.parametrize("kind", ["folder", "memory"])
-def test_epochs(kind, tmp_path):
-    url = str(tmp_path / "store") if kind == "folder" else f"memory://{tmp_path.name}"
-    old, new = SnapshotStore(url, 2, 3600), SnapshotStore(url, 2, 3600)
+@pytest.mark.parametrize("kind", ["folder", "memory", "redis"])
+def test_epochs(kind, tmp_path, request):
+    urls = {"folder": str(tmp_path / "store"), "memory": f"memory://{tmp_path.name}"}
+    url = urls.get(kind) or request.getfixturevalue("redis").url
+    old, new = open_store(url, 2, 3600), open_store(url, 2, 3600)
     old.put("token", 10, b"ten")
     old.put("token", 12, b"twelve")
     assert new.claim("token", 10) == 2

@@ -17,7 +17,7 @@ from PIL import Image
 from fastar_backend.engine.stream import ChunkStats
 from fastar_backend.errors import UnknownStream
 from fastar_backend.service.encode import make_encoder
-from fastar_backend.service.store import SnapshotStore, StoreError
+from fastar_backend.service.store import SnapshotStore, StoreError, open_store
 from fastar_backend.service.telemetry import TABLE, MemoryMetrics, Metrics, Tracing
 
 # Encodings
@@ -66,10 +66,10 @@ def test_every_packet_can_be_shown_at_once():
 # Store
 
 
-@pytest.fixture(params=["folder", "memory"])
+@pytest.fixture(params=["folder", "memory", "redis"])
 def store(request, tmp_path):
-    url = str(tmp_path / "store") if request.param == "folder" else f"memory://{tmp_path.name}"
-    return SnapshotStore(url, keep=2, ttl=3600)
+    urls = {"folder": str(tmp_path / "store"), "memory": f"memory://{tmp_path.name}"}
+    return open_store(urls.get(request.param) or request.getfixturevalue("redis").url, keep=2, ttl=3600)
 
 
 def test_what_is_stored_comes_back(store):
@@ -104,6 +104,7 @@ def test_old_snapshots_are_swept(tmp_path):
     assert len(list(tmp_path.iterdir())) == 1
 
 
+@pytest.mark.parametrize("store", ["folder", "memory"], indirect=True)
 def test_a_write_that_breaks_leaves_nothing_half(store, monkeypatch):
     store.put("token", 1, b"whole")
     monkeypatch.setattr(store.files, "mv", lambda *_: (_ for _ in ()).throw(OSError(28, "No space left on device")))

@@ -19,7 +19,7 @@ from fastar_backend.service.config import ServiceConfig
 from fastar_backend.service.report import as_fastar_error
 from fastar_backend.service.service import Service
 from fastar_backend.service.session import Reply, Request, json_object
-from fastar_backend.service.store import SnapshotStore
+from fastar_backend.service.store import open_store
 from fastar_backend.service.telemetry import Metrics, Tracing, triton_factory
 
 LIMITS = {"ACTIONS": (64, 256), "PROMPT": (1, 4096), "OPTIONS": (1, 8192), "CONTROL": (1, 8192)}  # elements, bytes each
@@ -58,7 +58,8 @@ class TritonPythonModel:
                 StreamEngine.load, settings["world"], settings["device"], attention, limits.max_streams,
                 deterministic=limits.deterministic, execution=parse(ExecutionConfig, execution, "execution"),
             )  # fmt: skip
-            store = SnapshotStore(limits.snapshots or "memory://fastar", limits.snapshots_kept, limits.snapshot_ttl)
+            url = os.environ.get("FASTAR_SNAPSHOTS") or limits.snapshots or "memory://fastar"
+            store = open_store(url, limits.snapshots_kept, limits.snapshot_ttl)
             self.service = Service(load, limits, Metrics(triton_factory(pb_utils)), store, Tracing.from_environment())
         except Exception as error:
             reason = as_fastar_error(error)
