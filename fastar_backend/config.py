@@ -165,8 +165,11 @@ class AttentionConfig(Config):
     # the floor, and not far above (hold; sparse_density is then where that begins).
     guard: Literal["off", "observe", "hold"] = "off"
     recall_floor: float = Field(0.95, ge=0, le=1)
-    # AnnCA: the bucket test. Off: equal prompt tokens are folded all the same, which is exact.
+    # AnnCA. Off: equal prompt tokens are folded all the same, which is exact.
     select_text: bool = False
+    # Share of its attention to the prompt that a head's kept tokens hold at least; the others become one group. None,
+    # and always with the index lsh: the paper's bucket test.
+    text_mass: float | None = Field(0.95, gt=0, le=1)
     # Denoising passes whose output is taken from an earlier one (TeaCache, FlowCache; not of fastar nor window).
     reuse: Literal["off", "teacache", "flowcache"] = "off"
     baseline: BaselineConfig = BaselineConfig()
@@ -174,12 +177,12 @@ class AttentionConfig(Config):
     @classmethod
     def paper_recipe(cls, budget_frames: int, chunk_frames: int) -> AttentionConfig:
         """Section on TempCache: the last chunk whole, correspondence by the queries, cosine threshold .9, the last
-        key as representative, log-count bias; AnnSA at the paper's density of 28 % after 30 % of the steps; AnnCA.
-        The hard budget is ours: the paper has none."""
+        key as representative, log-count bias; AnnSA at the paper's density of 28 % after 30 % of the steps; AnnCA by
+        buckets. The hard budget is ours: the paper has none."""
         return cls(
             budget_frames=budget_frames, recent_frames=chunk_frames, merge_threshold=0.9, representative="last",
             weight="count", match="query", fold_threshold=1.0, merge_early=True, index="quantised", sparse_density=0.28,
-            dense_steps=0.3, sparse_order="bucket", select_text=True,
+            dense_steps=0.3, sparse_order="bucket", select_text=True, text_mass=None,
         )  # fmt: skip
 
     @model_validator(mode="after")

@@ -1,10 +1,15 @@
-"""Cross-attention to the prompt: equal tokens folded once (exact), then AnnCA: only tokens that share a bucket with a
-query.
+"""Cross-attention to the prompt: equal tokens folded once (exact), then AnnCA: only the tokens that the chunk's queries
+attend to.
 
 Prompts are padded with equal, unmasked tokens, as in Wan. A group of m equal keys with equal values is one token with
-logit bias log m: nothing is lost, and most of the padding's cost is gone. AnnCA (paper, section on cross-attention)
-then keeps a token for this chunk iff at least one query of the head shares an LSH bucket with it; the padding's group
-(else the largest) always stays, since an empty set would have no softmax."""
+logit bias log m: nothing is lost, and most of the padding's cost is gone. AnnCA then chooses for each head, by one of
+two tests:
+
+- mass (ours): the fewest tokens that hold the share `text_mass` of the head's attention, measured over a sample of the
+  queries. The others are merged into one group, as TempCache merges keys: their means, weighted by mass.
+- bucket (paper, section on cross-attention): the tokens that share an LSH bucket with at least one query; the others
+  are dropped. The padding's group (else the largest) always stays, since an empty set would have no softmax. Buckets
+  know directions only: measured (docs/decisions.md), heads lose up to two thirds of their mass."""
 
 from __future__ import annotations
 
@@ -14,9 +19,11 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from fastar_backend.attention import ann
+from fastar_backend.attention import ann, ann_sa
 from fastar_backend.attention.cache import HALF, attention
 from fastar_backend.config import AttentionConfig
+
+SAMPLES = 64  # queries of a chunk, at most, that the mass test measures by: 1.4 % of Wan's 4680
 
 
 class TextCache:
@@ -75,13 +82,18 @@ class TextCache:
     def _by_kernel(self, query: Tensor) -> Tensor:
         from fastar_backend.kernels import ops  # a mask would have the size of queries x keys
 
-        sums, (counts, first) = self.values, self.groups
+        keys, sums, (counts, first) = self.keys, self.values, self.groups
         if self.config.select_text:  # a token that is dropped counts for nothing; the host need not know how many are
-            keep = self.near(query)
+            keep, share = self.choose(query, counts)
+            rest = None if share is None else merged(share, keys, sums / counts.clamp(min=1)[..., None], counts)
             sums, counts = sums * keep[..., None], counts * keep
+            if rest is not None:
+                key, mean, weight = rest
+                keys, counts = torch.cat([keys, key], 1), torch.cat([counts, weight], 1)
+                sums = torch.cat([sums, (mean * weight[..., None]).to(sums.dtype)], 1)
             self.kept = (counts > 0).float().sum(-1).mean()
         rows = counts.shape[1]
-        return ops.attend(query.transpose(0, 1), self.keys, sums, counts, first, rows, rows).transpose(0, 1)
+        return ops.attend(query.transpose(0, 1), keys, sums, counts, first, rows, rows).transpose(0, 1)
 
     def attend(self, query: Tensor) -> Tensor:
         """query: [heads, n, head_dim] -> the same shape."""
@@ -92,15 +104,35 @@ class TextCache:
             return attention(query, keys, values, None)
         bias = self.bias.expand(keys.shape[0], -1)
         if self.config.select_text:
-            keep = self.near(query)
+            keep, share = self.choose(query, bias.exp())
+            rest = None if share is None else merged(share, keys, values, bias.exp())
             count = int(keep.sum(-1).max())
-            self.kept = keep.float().sum(-1).mean().item()
             # The kept tokens of each head first; heads with fewer are filled up with masked ones.
             index = keep.to(torch.uint8).argsort(dim=-1, descending=True, stable=True)[:, :count]
             rows = index[..., None].expand(-1, -1, keys.shape[-1])
             keys, values = keys.gather(1, rows), values.gather(1, rows)
             bias = bias.masked_fill(~keep, -torch.inf).gather(1, index)
+            if rest is not None:
+                key, mean, weight = rest
+                keys, values = torch.cat([keys, key], 1), torch.cat([values, mean], 1)
+                bias = torch.cat([bias, weight.log().to(bias.dtype)], 1)
+            self.kept = (bias > -torch.inf).float().sum(-1).mean().item()
         return attention(query, keys, values, bias)
+
+    def choose(self, query: Tensor, counts: Tensor) -> tuple[Tensor, Tensor | None]:
+        """query: [heads, n, head_dim]; counts: [heads, tokens], 0 = no token there. Returns the tokens kept, [heads,
+        tokens] bool, and by the mass test each other token's share in the mass of all others [heads, tokens] (0 for
+        those kept)."""
+        if self.config.text_mass is None or self.config.index == "lsh":
+            return self.near(query), None
+        sample = query[:, :: -(-query.shape[1] // SAMPLES)]
+        near = ann_sa.scores(sample.float(), self.keys.float(), self.config)
+        mass = (near + counts.float().log()[:, None]).softmax(-1).mean(1)
+        most, order = mass.sort(dim=-1, descending=True, stable=True)
+        fewest = most.cumsum(-1) - most < self.config.text_mass  # what is ahead of a token is not enough yet
+        keep = torch.zeros_like(fewest).scatter_(1, order, fewest)
+        rest = mass * ~keep
+        return keep, rest / rest.sum(-1, keepdim=True).clamp(min=torch.finfo(rest.dtype).tiny)
 
     def near(self, query: Tensor) -> Tensor:
         """[heads, tokens] bool: tokens that share a bucket with some query, and the padding's group."""
@@ -111,3 +143,14 @@ class TextCache:
         seen.scatter_(1, (mine + offset).flatten(1), True)
         keep = seen.gather(1, (theirs + offset).flatten(1)).unflatten(1, (-1, tables)).any(-1)
         return keep | self.always
+
+
+def merged(share: Tensor, keys: Tensor, values: Tensor, counts: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    """The tokens with a share [heads, tokens] as one group: its key and value [heads, 1, head_dim], means by share, and
+    its weight [heads, 1], 0 where no token has one. keys, values: [heads, tokens, head_dim]; counts: [heads, tokens].
+
+    log weight = sum of share (log count - log share), with which the group's e^logit is for no query above the sum of
+    its tokens' (Jensen), and equal to it where their logits differ as their shares do: like tokens get their count."""
+    row = share[:, None].to(keys.dtype)
+    log = (torch.special.xlogy(share, counts) - torch.special.xlogy(share, share)).sum(-1, keepdim=True)
+    return row @ keys, row @ values, log.exp() * (share > 0).any(-1, keepdim=True)

@@ -297,17 +297,23 @@ def ann_sa(query: Tensor, keys: Tensor, values: Tensor, counts: Tensor, own: int
     return out, mask
 
 
-def ann_ca(query: Tensor, keys: Tensor, values: Tensor, text: Tensor, planes: Tensor, tables: int,
-           bits: int) -> tuple[Tensor, list[int]]:  # fmt: skip
-    """AnnCA: equal prompt tokens (rows of text [tokens, text_dim]) folded into groups; a head keeps the groups that
-    share a bucket of some table with some query, and the largest group (the padding).
-
-    query: [heads, n, d]; keys, values: [heads, tokens, d]. Returns the output and the groups kept by each head.
-    """
+def folded(text: Tensor) -> list[list[int]]:
+    """Token numbers of equal rows of text [tokens, text_dim], group by group."""
     groups: list[list[int]] = []
     for token in range(len(text)):
         same = next((group for group in groups if text[group[0]].equal(text[token])), None)
         groups.append([token]) if same is None else same.append(token)
+    return groups
+
+
+def ann_ca(query: Tensor, keys: Tensor, values: Tensor, text: Tensor, planes: Tensor, tables: int,
+           bits: int) -> tuple[Tensor, list[int]]:  # fmt: skip
+    """AnnCA's bucket test: equal prompt tokens (rows of text [tokens, text_dim]) folded into groups; a head keeps the
+    groups that share a bucket of some table with some query, and the largest group (the padding).
+
+    query: [heads, n, d]; keys, values: [heads, tokens, d]. Returns the output and the groups kept by each head.
+    """
+    groups = folded(text)
     largest = max(len(group) for group in groups)
     out, kept = [], []
     for head in range(len(query)):
@@ -322,4 +328,41 @@ def ann_ca(query: Tensor, keys: Tensor, values: Tensor, text: Tensor, planes: Te
         counts = torch.tensor([len(group) for group in here], dtype=torch.float64)
         out.append(attention(query[head][None], keys[head, first][None], values[head, first][None], counts[None])[0])
         kept.append(len(here))
+    return torch.stack(out), kept
+
+
+def ann_ca_by_mass(query: Tensor, keys: Tensor, values: Tensor, text: Tensor, least: float,
+                   every: int) -> tuple[Tensor, list[int]]:  # fmt: skip
+    """AnnCA's mass test with exact scores: a head keeps its fewest groups of equal tokens that hold the share `least`
+    of its attention, by every `every`-th query; the others become one group, which counts as kept, too.
+
+    Arguments otherwise, and results, as of `ann_ca`."""
+    groups = folded(text)
+    first, counts = [group[0] for group in groups], [float(len(group)) for group in groups]
+    out, kept = [], []
+    for head in range(len(query)):
+        asked = query[head, ::every].double()
+        mass = [0.0] * len(groups)
+        for q in asked:
+            dots = [float(q @ keys[head, token].double()) / math.sqrt(query.shape[-1]) for token in first]
+            weights = [count * math.exp(dot - max(dots)) for count, dot in zip(counts, dots, strict=True)]
+            for group, weight in enumerate(weights):
+                mass[group] += weight / sum(weights) / len(asked)
+        here: list[int] = []
+        for group in sorted(range(len(groups)), key=lambda group: -mass[group]):
+            if sum(mass[other] for other in here) < least:
+                here.append(group)
+        k = [keys[head, first[group]].double() for group in here]
+        v = [values[head, first[group]].double() for group in here]
+        m = [counts[group] for group in here]
+        rest = [group for group in range(len(groups)) if group not in here]
+        if rest:
+            total = sum(mass[group] for group in rest)
+            shares = {group: mass[group] / total for group in rest}
+            k.append(sum(share * keys[head, first[group]].double() for group, share in shares.items()))
+            v.append(sum(share * values[head, first[group]].double() for group, share in shares.items()))
+            m.append(math.exp(sum(share * math.log(counts[group] / share) for group, share in shares.items())))
+        weights = torch.tensor(m, dtype=torch.float64)
+        out.append(attention(query[head][None], torch.stack(k)[None], torch.stack(v)[None], weights[None])[0])
+        kept.append(len(k))
     return torch.stack(out), kept

@@ -6,9 +6,10 @@ import pytest
 import torch
 from random_streams import distance, drive, shape_of, tokens
 
-from fastar_backend.attention import TextCache, ann, ann_sa
+from fastar_backend.attention import TextCache, ann, ann_ca, ann_sa
 from fastar_backend.attention.cache import CacheShape, attention, by_place
-from fastar_backend.config import AttentionConfig
+from fastar_backend.config import AttentionConfig, parse
+from fastar_backend.errors import InvalidInput
 
 
 def near_duplicates(heads: int = 3, keys: int = 63, dim: int = 22) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
@@ -224,7 +225,9 @@ def test_folded_prompt_is_the_padded_prompt(words):
 
 def test_text_selection_keeps_what_queries_are_near():
     text, key, value = padded_prompt(7)
-    cache = TextCache(key, value, text, AttentionConfig(select_text=True, index_bits=12, index_tables=2))
+    cache = TextCache(
+        key, value, text, AttentionConfig(select_text=True, text_mass=None, index_bits=12, index_tables=2)
+    )
     query = cache.keys[:, [2]] * 3  # near exactly one group
     keep = cache.near(query)
     assert keep[:, 2].all()
@@ -236,7 +239,9 @@ def test_text_selection_keeps_what_queries_are_near():
 def test_no_neighbour_at_all_keeps_the_padding():
     """An empty set has no softmax: the padding's group stays, so the output is the padding's value."""
     text, key, value = padded_prompt(7)
-    cache = TextCache(key, value, text, AttentionConfig(select_text=True, index_bits=16, index_tables=1))
+    cache = TextCache(
+        key, value, text, AttentionConfig(select_text=True, text_mass=None, index_bits=16, index_tables=1)
+    )
     query = next(q for q in torch.randn(200, 3, 5, 10, dtype=torch.float64) if (cache.near(q).sum(1) == 1).all())
     out = cache.attend(query)
     torch.testing.assert_close(out, value[-1][:, None].expand_as(out))
@@ -245,8 +250,75 @@ def test_no_neighbour_at_all_keeps_the_padding():
 
 def test_text_selection_with_every_bucket_shared_is_exact():
     text, key, value = padded_prompt(7)
-    cache = TextCache(key, value, text, AttentionConfig(select_text=True, index_bits=1, index_tables=32))
+    cache = TextCache(
+        key, value, text, AttentionConfig(select_text=True, text_mass=None, index_bits=1, index_tables=32)
+    )
     query = torch.randn(3, 63, 10, dtype=torch.float64)
     whole = TextCache(key, value, text, AttentionConfig(kind="window"))
     assert distance(cache.attend(query), whole.attend(query)) < 1e-6
     assert cache.kept == 8
+
+
+def test_the_paper_s_bucket_test_goes_with_its_index_and_its_recipe():
+    text, key, value = padded_prompt(7)
+    recipe = AttentionConfig.paper_recipe(4, 1)
+    query = torch.randn(3, 15, 10, dtype=torch.float64)
+    for config in (recipe, AttentionConfig(select_text=True, index="lsh", text_mass=0.5)):
+        cache = TextCache(key, value, text, config)
+        keep, share = cache.choose(query, cache.bias.exp().expand(3, -1))
+        assert share is None
+        assert keep.equal(cache.near(query))
+
+
+@pytest.mark.parametrize("words", [0, 1, 7, 63])
+@pytest.mark.parametrize("mass", [1e-3, 0.6, 0.95, 1.0])
+def test_text_kept_by_mass(words, mass):
+    """No set is empty; what is kept holds the share by the queries that are asked, and one token fewer would not; all
+    of it is all tokens."""
+    text, key, value = padded_prompt(words)
+    query = 2 * torch.randn(3, 2 * ann_ca.SAMPLES + 1, 10, dtype=torch.float64)
+    cache = TextCache(key, value, text, AttentionConfig(select_text=True, text_mass=mass, index="exact"))
+    keep, share = cache.choose(query, cache.bias.exp().expand(3, -1))
+    asked = (query[:, ::3] @ cache.keys.transpose(1, 2) / 10**0.5 + cache.bias).softmax(-1).mean(1)
+    held = (asked * keep).sum(-1)
+    assert (held > mass - 1e-6).all()
+    assert (held - asked.masked_fill(~keep, 1).amin(-1) < mass).all()
+    torch.testing.assert_close(share, (asked * ~keep / (1 - held)[:, None]).float().nan_to_num(0) * ~keep)
+    out, whole = cache.attend(query), TextCache(key, value, text, AttentionConfig()).attend(query)
+    assert cache.kept == pytest.approx((keep.sum(-1) + (share > 0).any(-1)).float().mean().item())
+    assert (distance(out, whole) < 1e-6) == (mass == 1 or words in (0, 1)), "one token left out is a group of one"
+
+
+@pytest.mark.parametrize("mass", [0, -0.5, 1.01, "most"])
+def test_a_share_that_makes_no_sense(mass):
+    with pytest.raises(InvalidInput, match=r"attention\.text_mass: got .*; allowed: "):
+        parse(AttentionConfig, {"select_text": True, "text_mass": mass}, "attention")
+
+
+def test_tokens_left_out_with_one_key_lose_nothing():
+    """What the mass test leaves out is a group: exact where its keys are equal, whatever its tokens' counts and
+    values."""
+    text, key, value = padded_prompt(9)
+    text[8], value[8] = text[7], value[7]  # a word said twice
+    key[:9] = key[0]
+    query = 0.1 * torch.randn(3, 15, 10, dtype=torch.float64)  # the 54 tokens of padding hold more than half
+    cache = TextCache(key, value, text, AttentionConfig(select_text=True, text_mass=0.5, index="exact"))
+    whole = TextCache(key, value, text, AttentionConfig(select_text=False))
+    assert distance(cache.attend(query), whole.attend(query)) < 1e-6
+    assert cache.kept == 2
+    assert whole.kept == 9
+
+
+def test_a_merged_group_is_never_above_its_tokens():
+    query, keys, counts = torch.randn(4, 30, 8), torch.randn(4, 9, 8), torch.randint(1, 6, (4, 9)).float()
+    share = torch.rand(4, 9) * (torch.rand(4, 9) < 0.6)
+    share[0] = 0
+    share = share / share.sum(-1, keepdim=True).clamp(min=1e-9)
+    key, value, weight = ann_ca.merged(share, keys, keys, counts)
+    assert key.equal(value)
+    assert weight[0] == 0
+    tokens = ((query @ keys.transpose(1, 2)).exp() * counts[:, None] * (share > 0)[:, None]).sum(-1)
+    assert ((query @ key.transpose(1, 2)).exp()[..., 0] * weight <= tokens * (1 + 1e-5)).all()
+    same, _, weight = ann_ca.merged(counts[:1] / counts[:1].sum(), keys[:1, :1].expand(1, 9, 8), keys[:1], counts[:1])
+    torch.testing.assert_close(same[:, 0], keys[:1, 0])
+    torch.testing.assert_close(weight[0, 0], counts[0].sum())

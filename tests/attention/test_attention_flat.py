@@ -224,11 +224,14 @@ def test_what_flat_caches_leave_to_the_portable_ones(config):
     assert isinstance(PortableCaches(shape_of(), config, 1)[0], FrameCache)
 
 
-@pytest.mark.parametrize("select", [False, True])
-def test_the_prompt_by_the_kernel(select):
+@pytest.mark.parametrize("test", [None, "bucket", "mass"])
+@pytest.mark.parametrize(("words", "length"), [(7, 20), (13, 26), (2, 130)])
+def test_the_prompt_by_the_kernel(test, words, length):
     """Folded padding, and AnnCA's choice, as counts: the same as the portable masks."""
-    config = AttentionConfig(select_text=select, index_bits=6, index_tables=2)
-    text = torch.cat([torch.randn(7, 12), torch.zeros(13, 12)]).to(DEVICE)
+    mass = 0.9 if test == "mass" else None
+    config = AttentionConfig(select_text=test is not None, text_mass=mass, index_bits=6, index_tables=2)
+    said = torch.randn(words, 12).repeat_interleave(2, 0)  # every word twice: groups of two
+    text = torch.cat([said, torch.zeros(length - len(said), 12)]).to(DEVICE)
     key, value = ((text @ torch.randn(12, 32, device=DEVICE)).unflatten(1, (2, 16)) for _ in range(2))
     plain, other = TextCache(key, value, text, config), TextCache(key, value, text, config)
     other.use_kernel()
@@ -236,4 +239,5 @@ def test_the_prompt_by_the_kernel(select):
     expected = plain.attend(query)
     assert torch.allclose(other.attend(query), expected, atol=1e-5)
     assert float(other.kept) == pytest.approx(plain.kept)
-    assert plain.kept < 8 if select else plain.kept == 8
+    held = len(text.unique(dim=0))
+    assert plain.kept <= held if test else plain.kept == held

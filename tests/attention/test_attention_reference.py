@@ -154,10 +154,26 @@ def test_ann_ca(bits):
     text[9:] = 0
     projection = torch.randn(2, 4, heads * dim)
     key, value = ((text @ p + 1).unflatten(-1, (heads, dim)) for p in projection)
-    config = AttentionConfig(select_text=True, index_tables=2, index_bits=bits)
+    config = AttentionConfig(select_text=True, text_mass=None, index_tables=2, index_bits=bits)
     cache, query = TextCache(key, value, text, config), torch.randn(heads, 7, dim)
     fast = cache.attend(query)
     planes = ann.planes(dim, 2, bits, query.device)
     slow, kept = reference.ann_ca(query, key.transpose(0, 1), value.transpose(0, 1), text, planes, 2, bits)
     assert distance(fast, slow) < FLOAT32
     assert cache.kept == pytest.approx(sum(kept) / heads)
+
+
+@pytest.mark.parametrize(("queries", "every"), [(7, 1), (64, 1), (65, 2), (193, 4)])
+@pytest.mark.parametrize("mass", [0.3, 0.9, 1.0])
+def test_ann_ca_by_mass(queries, every, mass):
+    heads, dim, length = 3, 10, 15
+    text = torch.randn(length, 4)
+    text[6] = text[2]
+    text[9:] = 0
+    projection = torch.randn(2, 4, heads * dim)
+    key, value = ((text @ p + 1).unflatten(-1, (heads, dim)) for p in projection)
+    config = AttentionConfig(select_text=True, text_mass=mass, index="exact")
+    cache, query = TextCache(key, value, text, config), torch.randn(heads, queries, dim)
+    slow, kept = reference.ann_ca_by_mass(query, key.transpose(0, 1), value.transpose(0, 1), text, mass, every)
+    assert distance(cache.attend(query), slow) < (FLOAT32 if mass < 1 else 1e-5)
+    assert mass == 1 or cache.kept == pytest.approx(sum(kept) / heads)
