@@ -81,6 +81,10 @@ def _operator(operator: Operator) -> str:
         dims = _braced([expression(dim) for dim in item.dims])
         return f"{{{_quoted(item.name)}, Kind::{kind}, {dims}, {_quoted(', '.join(item.dims))}, {alias}}}"
 
+    def bounds(items: Mapping[str, str], divides: str) -> list[str]:
+        return [_braced([divides, expression(value), expression(other), _quoted(value), _quoted(other)])
+                for value, other in items.items()]  # fmt: skip
+
     kinds = {bool: "kBOOL", int: "kINT", float: "kFLOAT"}
     return _braced([
         _quoted(operator.name),
@@ -93,6 +97,7 @@ def _operator(operator: Operator) -> str:
         _braced([f"{{{_quoted(name)}, Attribute::Type::{kinds[type(value)]}, {float(value)!r}}}"
                  for name, value in operator.attributes.items()]),
         _braced(rows),
+        _braced(bounds(operator.divides, "true") + bounds(operator.at_most, "false")),
         _braced([_braced(list(map(str, each.values()))) for each in tiles]),
     ])  # fmt: skip
 

@@ -187,6 +187,15 @@ std::vector<double> Plugin::checkShapes(Shapes const& inputs) const
             }
         }
     }
+    for (Bound const& bound : mOperator.bounds)
+    {
+        double const is = evaluate(bound.value, Numbers{values}), other = evaluate(bound.other, Numbers{values});
+        if (bound.divides ? std::fmod(is, other) != 0 && !std::isnan(is) && !std::isnan(other) : is > other)
+        {
+            throw error(bound.valueText + " is " + text(is),
+                (bound.divides ? "a multiple of " : "at most ") + text(other) + ", which is " + bound.otherText);
+        }
+    }
     return values;
 }
 

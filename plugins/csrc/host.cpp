@@ -104,6 +104,76 @@ private:
     std::vector<std::unique_ptr<Dimension>> mOwned;
 };
 
+// TensorRT's registry, as far as the library that registers itself needs one.
+class Registry : public nvinfer1::IPluginRegistry
+{
+public:
+    bool registerCreator(nvinfer1::IPluginCreatorInterface& creator, char const* space) noexcept override
+    {
+        mCreators.push_back(&creator);
+        return std::strcmp(space, "fastar") == 0;
+    }
+    nvinfer1::IPluginCreatorInterface* const* getAllCreators(int32_t* count) const noexcept override
+    {
+        *count = static_cast<int32_t>(mCreators.size());
+        return mCreators.data();
+    }
+    bool registerCreator(nvinfer1::IPluginCreator&, char const*) noexcept override
+    {
+        return false;
+    }
+    nvinfer1::IPluginCreator* const* getPluginCreatorList(int32_t*) const noexcept override
+    {
+        return nullptr;
+    }
+    nvinfer1::IPluginCreator* getPluginCreator(char const*, char const*, char const*) noexcept override
+    {
+        return nullptr;
+    }
+    void setErrorRecorder(nvinfer1::IErrorRecorder*) noexcept override {}
+    nvinfer1::IErrorRecorder* getErrorRecorder() const noexcept override
+    {
+        return nullptr;
+    }
+    bool deregisterCreator(nvinfer1::IPluginCreator const&) noexcept override
+    {
+        return false;
+    }
+    bool isParentSearchEnabled() const override
+    {
+        return false;
+    }
+    void setParentSearchEnabled(bool) override {}
+    PluginLibraryHandle loadLibrary(char const*) noexcept override
+    {
+        return nullptr;
+    }
+    void deregisterLibrary(PluginLibraryHandle) noexcept override {}
+    nvinfer1::IPluginCreatorInterface* getCreator(char const*, char const*, char const*) noexcept override
+    {
+        return nullptr;
+    }
+    bool deregisterCreator(nvinfer1::IPluginCreatorInterface const&) noexcept override
+    {
+        return false;
+    }
+    nvinfer1::IPluginResource* acquirePluginResource(char const*, nvinfer1::IPluginResource*) noexcept override
+    {
+        return nullptr;
+    }
+    int32_t releasePluginResource(char const*) noexcept override
+    {
+        return 0;
+    }
+    nvinfer1::IPluginCreatorInterface* const* getAllCreatorsRecursive(int32_t* count) noexcept override
+    {
+        return getAllCreators(count);
+    }
+
+private:
+    std::vector<nvinfer1::IPluginCreatorInterface*> mCreators;
+} gRegistry;
+
 nvinfer1::IPluginV3OneBuildV2* buildOf(IPluginV3* plugin)
 {
     return static_cast<nvinfer1::IPluginV3OneBuildV2*>(
@@ -143,6 +213,23 @@ using Creators = nvinfer1::IPluginCreatorInterface* const*;
 API char const* host_message()
 {
     return gMessage.c_str();
+}
+
+// TensorRT's two functions that the library which registers itself calls, where this one is loaded globally.
+API nvinfer1::IPluginRegistry* getPluginRegistry() noexcept
+{
+    return &gRegistry;
+}
+
+API int32_t getInferLibVersion() noexcept
+{
+    return NV_TENSORRT_MAJOR * 10000;
+}
+
+// What has registered itself.
+API Creators host_registered(int32_t* count)
+{
+    return gRegistry.getAllCreators(count);
 }
 
 // Opens a plugin library: its creators, and how many; nullptr where that fails.

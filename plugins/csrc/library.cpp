@@ -76,24 +76,39 @@ void* findInTensorRT(char const* name)
     return search.found;
 }
 
-[[maybe_unused]] bool const kREGISTERED = [] {
-    using GetRegistry = nvinfer1::IPluginRegistry* (*)();
-    auto const getRegistry = reinterpret_cast<GetRegistry>(findInTensorRT("getPluginRegistry"));
-    if (getRegistry == nullptr)
+bool registerAll()
+{
+    auto const getRegistry
+        = reinterpret_cast<nvinfer1::IPluginRegistry* (*) ()>(findInTensorRT("getPluginRegistry"));
+    auto const getVersion = reinterpret_cast<int32_t (*)()>(findInTensorRT("getInferLibVersion"));
+    if (getRegistry == nullptr || getVersion == nullptr)
     {
         std::fprintf(stderr, "fastar: plugins are not registered: this process has no TensorRT loaded\n");
+        return false;
+    }
+    // The registry's functions are called by their places in a class of the headers, which change with the major
+    // version, and TensorRT-RTX has its own (its versions count from 1).
+    int32_t const version = getVersion();
+    if (version / 10000 != NV_TENSORRT_MAJOR)
+    {
+        std::fprintf(stderr,
+            "fastar: plugins are not registered: built with the headers of TensorRT %d, and this process has version "
+            "%d; allowed: the same, or loadLibrary with libfastar_plugins.so\n",
+            NV_TENSORRT_MAJOR, version);
         return false;
     }
     for (nvinfer1::IPluginCreatorInterface* const creator : fastar::creators())
     {
         if (!getRegistry()->registerCreator(*creator, fastar::kNAMESPACE))
         {
-            std::fprintf(stderr, "fastar: TensorRT's registry took not all plugins\n");
+            std::fprintf(stderr, "fastar: TensorRT's registry refused a plugin; is the library loaded already?\n");
             return false;
         }
     }
     return true;
-}();
+}
+
+[[maybe_unused]] bool const kREGISTERED = registerAll();
 
 } // namespace
 

@@ -61,6 +61,14 @@ struct Attribute
     double initial;
 };
 
+// What sizes must fulfil: `value` is a multiple of `other`, or at most that.
+struct Bound
+{
+    bool divides;
+    Expression value, other;
+    std::string valueText, otherText;
+};
+
 struct Operator
 {
     std::string name;
@@ -71,6 +79,7 @@ struct Operator
     std::vector<Expression> constants; // of which a kernel is chosen
     std::vector<Attribute> attributes;
     std::vector<Symbol> symbols;
+    std::vector<Bound> bounds;
     std::vector<int32_t> tiles[2]; // of a half type, of float32: as far as shapes of outputs depend on them
 };
 
