@@ -31,7 +31,7 @@ def free_ports(count: int) -> list[int]:
 
 class Gateway:
     def __init__(self, grpc: int, status: int) -> None:
-        self.url, self.status = f"127.0.0.1:{grpc}", f"http://127.0.0.1:{status}"
+        self.port, self.url, self.status = grpc, f"127.0.0.1:{grpc}", f"http://127.0.0.1:{status}"
 
     def get(self, path: str) -> str:
         with urllib.request.urlopen(f"{self.status}{path}", timeout=5) as reply:
@@ -68,12 +68,14 @@ def resolver(port: int) -> dict[str, object]:
 
 
 @contextlib.contextmanager
-def gateway(folder: Path, servers: list[int], dns: int | None = None) -> Iterator[Gateway]:
+def gateway(folder: Path, servers: list[int], dns: int | None = None, port: int | None = None) -> Iterator[Gateway]:
     """In front of the servers at these ports of 127.0.0.1; looks at them every half second.
 
     dns: asks this port of 127.0.0.1 for the servers' addresses, as it would in a cluster; they have one port then.
+    port: where it listens, beside another Envoy that does; None: a free one.
     """
     grpc, status, admin = free_ports(3)
+    grpc = port or grpc
     config = yaml.safe_load(one(rendered("prod-h100"), "ConfigMap", "gateway-envoy")["data"]["envoy.yaml"])
     listeners, clusters = config["static_resources"]["listeners"], config["static_resources"]["clusters"]
     config["admin"]["address"]["socket_address"]["port_value"] = admin
