@@ -91,6 +91,7 @@ def measure(n: int = 37, groups: int = 4, rows: int = 70, dim: int = 16, streams
 def quantise(n: int = 33, groups: int = 2, dim: int = 32) -> Case:
     x = normal(groups, n, dim)
     x[0, 0] = 0
+    x[0, 1:] *= 1e-3 ** torch.rand(n - 1, 1)  # of any length
     return {"x": x}, {}
 
 
@@ -113,7 +114,7 @@ def place(pairs: int = 7, groups: int = 2, n: int = 9, slots: int = 11, rows: in
     return inputs | {"new_usage": torch.rand(groups, n).double(), **held}, {}
 
 
-def merge(n: int = 40, groups: int = 2, slots: int = 6, rows: int = 10, dim: int = 32, renew: bool = True) -> Case:
+def merge(n: int = 19, groups: int = 2, slots: int = 6, rows: int = 10, dim: int = 32, renew: bool = True) -> Case:
     new, held = new_and_held(groups, n, slots, rows, dim)
     target, order = whole(0, slots + 1, groups, n).sort(dim=-1, stable=True)
     inputs = {"target": target, "order": order.int(), **new, "new_count": whole(1, 5, groups, n).double()}
@@ -134,18 +135,18 @@ def near_blocks(lines: int = 19, groups: int = 2, rows: int = 384, dim: int = 16
     return {"mean": normal(groups, lines, dim), "key": held["key"], "count": held["count"]}, {}
 
 
-def choose_blocks(lines: int = 3, groups: int = 4, blocks: int = 70, streams: int = 2, density: float = 0.3) -> Case:
+def choose_blocks(lines: int = 2, groups: int = 2, blocks: int = 70, streams: int = 2, density: float = 0.3) -> Case:
     near = whole(-20, 20, groups, lines, blocks).double() / 4  # full of ties
     near[:, :, torch.rand(blocks) < 0.2] = -torch.inf  # holds no key
     own = 300
     return {"near": near, "row": whole(0, blocks * 128 - own + 1, streams)}, {"own": own, "density": density}
 
 
-def signatures(n: int = 35, groups: int = 3, dim: int = 16, bits: int = 7) -> Case:
+def signatures(n: int = 35, groups: int = 2, dim: int = 16, bits: int = 5) -> Case:
     return {"x": normal(n, groups, dim), "planes": normal(dim, bits)}, {}
 
 
-def keep_text(n: int = 70, groups: int = 3, tokens: int = 67, dim: int = 16, tables: int = 2, bits: int = 7) -> Case:
+def keep_text(n: int = 70, groups: int = 2, tokens: int = 67, dim: int = 16, tables: int = 2, bits: int = 4) -> Case:
     count = whole(0, 5, groups, tokens).double()
     inputs = {"query": normal(n, groups, dim), "key": normal(groups, tokens, dim), "count": count}
     inputs |= {"planes": normal(dim, tables * bits), "always": (torch.rand(groups, tokens) < 0.1).double()}
