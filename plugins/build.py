@@ -21,11 +21,11 @@ from typing import Annotated
 import typer
 
 from fastar_backend.errors import FastarError, InvalidInput
+from plugins.aot import ARCHS, TYPES, numbers, pairs  # TYPES: in the order of csrc/table.h
 from plugins.table import OPERATIONS, OPERATORS, Argument, Operator
 
 SOURCES = Path(__file__).parent / "csrc"
 SYSTEM_INCLUDES = ("/usr/include/x86_64-linux-gnu", "/usr/include/aarch64-linux-gnu", "/usr/include")
-TYPES = ("fp16", "bf16", "fp32")  # in the order of csrc/table.h
 
 
 class BuildError(FastarError):
@@ -171,6 +171,13 @@ def library(
     """Path of libfastar_plugins.so (`auto`: the one that registers itself) with the kernels that are asked for, as in
     aot.compile_all; beside it lies the host's library. Built in `build_dir`, where nothing is done twice. Kernels are
     compiled in a process of its own, so this one may have TRITON_INTERPRET set. Raises BuildError, InvalidInput."""
+    for field, listed, allowed in (
+        ("archs", archs, ARCHS),
+        ("types", types, TYPES),
+        ("operators", operators, OPERATORS),
+    ):
+        if unknown := [str(item) for item in listed if item not in allowed]:
+            raise InvalidInput(field, ", ".join(unknown), ", ".join(map(str, allowed)))
     for field, listed in (("archs", archs), ("types", types), ("head_dims", head_dims)):
         if not listed:
             raise InvalidInput(field, "empty", "one at least")
@@ -208,8 +215,6 @@ def main(
     value: Annotated[list[str] | None, typer.Option(help='What else is compiled in: "density=0.25", "C=22".')] = None,
 ) -> None:
     """Builds the library of TensorRT plugins."""
-    from plugins.aot import numbers, pairs
-
     try:
         made = library(out, numbers(arch), type.split(","), numbers(head_dim), values=pairs(value or ()))
     except FastarError as error:
