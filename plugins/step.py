@@ -32,11 +32,12 @@ __all__ = ["GRAPHS", "PASSES", "Binding", "Graph", "Part", "Plan", "bindings", "
 
 
 class Graph(nn.Module):
-    """Takes its inputs in the order of its bindings and returns its outputs likewise, all new tensors."""
+    """Takes its inputs in the order of its bindings and returns its outputs likewise, all new tensors. kind: graphs of
+    one kind and plan differ in their weights only."""
 
-    def __init__(self, plan: Plan, own: list[Binding]) -> None:
+    def __init__(self, plan: Plan, kind: str, own: list[Binding]) -> None:
         super().__init__()
-        self.plan = plan
+        self.plan, self.kind = plan, kind
         self.inputs = [binding for binding in own if not binding.output]
         self.outputs = [binding for binding in own if binding.output]
 
@@ -64,7 +65,7 @@ class Pass(Graph):
     """One pass of the transformer over a chunk of B streams: layers of one kind, one after the other."""
 
     def __init__(self, plan: Plan, name: str, dit: CausalDiT) -> None:
-        super().__init__(plan, bindings(plan, name))
+        super().__init__(plan, name, bindings(plan, name))
         if name.endswith("sparse") and not plan.sparse:
             raise InvalidInput("attention.sparse_density", f"got {plan.attention.sparse_density}", "less than 1: AnnSA")
         tables = _tables(plan, dit)
@@ -91,7 +92,7 @@ class Start(Graph):
     """Patches x [B, F, tokens, dim], and the embedding e of noise level and actions, also as each block takes it."""
 
     def __init__(self, plan: Plan, dit: CausalDiT) -> None:
-        super().__init__(plan, start_bindings(plan))
+        super().__init__(plan, "start", start_bindings(plan))
         self.patch_embedding, self.time_embedding = dit.patch_embedding, dit.time_embedding
         self.time_projection = dit.time_projection
         self.action_embedding = dit.action_embedding if plan.config.model.action_dim else None
@@ -116,7 +117,7 @@ class Finish(Graph):
     def __init__(self, plan: Plan, dit: CausalDiT) -> None:
         latents, *_, x, e, _ = start_bindings(plan)
         given = [dataclasses.replace(binding, output=False) for binding in (x, e)]
-        super().__init__(plan, [*given, dataclasses.replace(latents, name="output", output=True)])
+        super().__init__(plan, "finish", [*given, dataclasses.replace(latents, name="output", output=True)])
         self.head = dit.head
 
     def run(self, given: dict[str, Tensor]) -> dict[str, Tensor]:
@@ -139,7 +140,7 @@ class Layer(Graph):
     """One block, its attentions by operators (`SelfAttend` and `CrossAttend` of model/dit.py)."""
 
     def __init__(self, plan: Plan, name: str, block: Block, tables: dict[str, Tensor]) -> None:
-        super().__init__(plan, layer_bindings(plan, name))
+        super().__init__(plan, f"layer of {name}", layer_bindings(plan, name))
         self.write, self.sparse = name.startswith("write"), name.endswith("sparse")
         self.block = block
         for key, table in tables.items():
@@ -210,7 +211,7 @@ class Begin(Graph):
     rows' count is 1 is the host's to write, once a place."""
 
     def __init__(self, plan: Plan) -> None:
-        super().__init__(plan, bindings(plan, "begin"))
+        super().__init__(plan, "begin", bindings(plan, "begin"))
         for name in ("cos", "sin"):
             self.register_buffer(name, getattr(plan.caches, name), persistent=False)
 
@@ -226,7 +227,7 @@ class Update(Graph):
     into a group, all heads together."""
 
     def __init__(self, plan: Plan) -> None:
-        super().__init__(plan, bindings(plan, "update"))
+        super().__init__(plan, "update", bindings(plan, "update"))
         for name in ("cos", "sin"):
             self.register_buffer(name, getattr(plan.caches, name), persistent=False)
         if not (slots := plan.caches.slots):
@@ -283,7 +284,7 @@ class Prompt(Graph):
     """`CausalDiT.prompt_keys_values`."""
 
     def __init__(self, plan: Plan, dit: CausalDiT) -> None:
-        super().__init__(plan, bindings(plan, "prompt"))
+        super().__init__(plan, "prompt", bindings(plan, "prompt"))
         self.text_embedding = dit.text_embedding
         self.layers = nn.ModuleList(block.cross_attn for block in dit.blocks)
 
