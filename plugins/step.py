@@ -250,7 +250,10 @@ class Update(Graph):
             joins = joins & (given["first"] < size)[:, None]
         worth, newcomer = torch.where(joins, -2.0, usage).topk(size)
         full = count > 0
-        joined = torch.zeros_like(count).scatter_add(1, torch.where(joins, match, 0).long(), joins.float()) > 0
+        # Tokens that join no group mark a column of their own: TensorRT's scatter only replaces.
+        marked = torch.zeros_like(torch.cat([count, count[:, :1]], 1))
+        at = torch.where(joins, match, slots).long()
+        joined = marked.scatter(1, at, torch.ones_like(usage))[:, :slots] > 0
         price = torch.where(joined, torch.inf, torch.where(full, use, self.backwards))
         cost, slot = price.topk(size, largest=False)
         replace = worth > cost  # whatever is worth more than -2 takes a free slot
