@@ -20,6 +20,12 @@ def _int8(words):
 
 
 @triton.jit
+def whole(x):
+    """The nearest whole numbers, halves to even: adding 1.5 * 2^23 leaves no bits for a fraction."""
+    return (x + 12582912.0) - 12582912.0
+
+
+@triton.jit
 def attend(
     query, key, value, count, first,
     queries, groups, rows,
@@ -133,8 +139,7 @@ def quantise(
     at = (tl.program_id(1).to(tl.int64) * tokens + token)[:, None] * D + tl.arange(0, D)[None, :]
     vector = tl.load(x + at, mask=valid, other=0.0).to(tl.float32)
     length = tl.maximum(tl.sqrt(tl.sum(vector * vector, 1)), 1e-12)
-    level = 127.0 * (vector / length[:, None])
-    level = (level + 12582912.0) - 12582912.0  # 1.5 * 2^23: rounds to the nearest whole number, halves to even
+    level = whole(127.0 * (vector / length[:, None]))
     tl.store(_int8(code) + at, level.to(tl.int8), mask=valid)
 
 
@@ -193,153 +198,3 @@ def merge(
         tokens, slots, tokens * D, rows * D, rows,
         key_after, value_after, _int8(code_after), count_after, usage_after, D, RENEW,
     )  # fmt: skip
-
-
-@triton.jit
-def arrange(
-    key,
-    tokens,
-    order,
-    BLOCK: tl.constexpr,
-):  # fmt: skip
-    """A token's place is the number of tokens whose key is less, or equal and that are before it."""
-    key += tl.program_id(1).to(tl.int64) * tokens
-    token = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)
-    valid = token < tokens
-    mine = tl.load(key + token, mask=valid, other=0)[:, None]
-    before = tl.zeros([BLOCK], tl.int32)
-    for start in range(0, tokens, BLOCK):
-        other = start + tl.arange(0, BLOCK)
-        inside = (other < tokens)[None, :]
-        theirs = tl.load(key + other, mask=other < tokens, other=0)[None, :]
-        less = inside & ((theirs < mine) | ((theirs == mine) & (other[None, :] < token[:, None])))
-        before += tl.sum(less.to(tl.int32), 1)
-    tl.store(order + tl.program_id(1).to(tl.int64) * tokens + before, token, mask=valid)
-
-
-@triton.jit
-def block_means(
-    query, order,
-    queries, groups,
-    mean,
-    D: tl.constexpr, BLOCK_M: tl.constexpr,
-):  # fmt: skip
-    block, group = tl.program_id(0), tl.program_id(1).to(tl.int64)
-    entry = block * BLOCK_M + tl.arange(0, BLOCK_M)
-    valid = entry < queries
-    line = tl.load(order + group * queries + entry, mask=valid, other=0).to(tl.int64)
-    dims = tl.arange(0, D)
-    x = tl.load(query + (line[:, None] * groups + group) * D + dims[None, :], mask=valid[:, None], other=0.0)
-    total = tl.sum(x.to(tl.float32), 0) / tl.minimum(queries - block * BLOCK_M, BLOCK_M)
-    at = (group * tl.num_programs(0) + block) * D + dims
-    tl.store(mean + at, total.to(mean.dtype.element_ty))
-
-
-@triton.jit
-def near_blocks(
-    mean, key, count,
-    query_blocks, rows,
-    near,
-    D: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, PRECISION: tl.constexpr,
-):  # fmt: skip
-    block, group = tl.program_id(0), tl.program_id(1).to(tl.int64)
-    column = block * BLOCK_N + tl.arange(0, BLOCK_N)
-    dims = tl.arange(0, D)
-    k = tl.load(key + (group * rows + column)[:, None] * D + dims[None, :])
-    members = tl.load(count + group * rows + column)
-    bias = tl.where(members > 0, tl.log(tl.where(members > 0, members, 1.0)), -float("inf"))
-    for start in range(0, query_blocks, BLOCK_M):
-        line = start + tl.arange(0, BLOCK_M)
-        valid = line < query_blocks
-        q = tl.load(mean + (group * query_blocks + line)[:, None] * D + dims[None, :], mask=valid[:, None], other=0.0)
-        logits = tl.dot(q, tl.trans(k), input_precision=PRECISION) * D**-0.5 + bias[None, :]
-        tl.store(near + (group * query_blocks + line) * tl.num_programs(0) + block, tl.max(logits, 1), mask=valid)
-
-
-@triton.jit
-def _worth(near, start, first, last, key_blocks, BLOCK: tl.constexpr):
-    """Key blocks start.. and what they are worth: the chunk's own, first..last, most; what is not a number, nothing."""
-    block = start + tl.arange(0, BLOCK)
-    value = tl.load(near + block, mask=block < key_blocks, other=-float("inf"))
-    value = tl.where(value == value, value, -float("inf"))
-    return block, tl.where((block >= first) & (block < last), float("inf"), value)
-
-
-@triton.jit
-def choose_blocks(
-    near, row,
-    groups, query_blocks, key_blocks, streams, own,
-    counts, blocks,
-    DENSITY: tl.constexpr, KEYS: tl.constexpr, BLOCK: tl.constexpr,
-):  # fmt: skip
-    """A block's place is the number of blocks that are better, or as good and before it."""
-    group = tl.program_id(1).to(tl.int64)
-    at = group * query_blocks + tl.program_id(0)
-    near += at * key_blocks
-    start = tl.load(row + group // (groups // streams))
-    first, last = start // KEYS, tl.cdiv(start + own, KEYS)
-    held = 0
-    for one in range(0, key_blocks, BLOCK):
-        block, value = _worth(near, one, first, last, key_blocks, BLOCK)
-        held += tl.sum((value > -float("inf")).to(tl.int32), 0)
-        better = tl.zeros([BLOCK], tl.int32)
-        for two in range(0, key_blocks, BLOCK):
-            other, rival = _worth(near, two, first, last, key_blocks, BLOCK)
-            wins = rival[None, :] > value[:, None]
-            wins |= (rival[None, :] == value[:, None]) & (other[None, :] < block[:, None])
-            better += tl.sum(wins.to(tl.int32), 1)
-        tl.store(blocks + at * key_blocks + better, block, mask=block < key_blocks)
-    share = tl.ceil((held - (last - first)).to(tl.float32) * DENSITY).to(tl.int32)
-    tl.store(counts + at, last - first + share)
-
-
-@triton.jit
-def _buckets(x, planes, table, bits, projections, D: tl.constexpr):
-    """Bucket numbers, int32, of x [n, D] float32: the signs of projections table * bits and on."""
-    plane = tl.arange(0, D) * projections + table * bits
-    bucket = tl.zeros([x.shape[0]], tl.int32)
-    for bit in range(0, bits):
-        sign = tl.sum(x * tl.load(planes + plane + bit)[None, :], 1) > 0
-        bucket |= sign.to(tl.int32) << bit
-    return bucket
-
-
-@triton.jit
-def signatures(
-    x, planes,
-    tokens, groups, bits,
-    bucket,
-    D: tl.constexpr, BLOCK: tl.constexpr,
-):  # fmt: skip
-    group = tl.program_id(1).to(tl.int64)
-    token = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)
-    valid = token < tokens
-    at = (token.to(tl.int64)[:, None] * groups + group) * D + tl.arange(0, D)[None, :]
-    vector = tl.load(x + at, mask=valid[:, None], other=0.0).to(tl.float32)
-    tl.store(bucket + group * tokens + token, _buckets(vector, planes, 0, bits, bits, D), mask=valid)
-
-
-@triton.jit
-def keep_text(
-    query, key, count, planes, always,
-    queries, groups, tokens, projections, bits,
-    count_after,
-    D: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,
-):  # fmt: skip
-    group = tl.program_id(1).to(tl.int64)
-    token = tl.program_id(0) * BLOCK_N + tl.arange(0, BLOCK_N)
-    inside = token < tokens
-    dims = tl.arange(0, D)[None, :]
-    k = tl.load(key + (group * tokens + token)[:, None] * D + dims, mask=inside[:, None], other=0.0).to(tl.float32)
-    keep = tl.load(always + group * tokens + token, mask=inside, other=0.0) != 0
-    for table in range(0, projections // bits):
-        theirs = _buckets(k, planes, table, bits, projections, D)
-        for start in range(0, queries, BLOCK_M):
-            line = start + tl.arange(0, BLOCK_M)
-            valid = line < queries
-            at = (line.to(tl.int64)[:, None] * groups + group) * D + dims
-            q = tl.load(query + at, mask=valid[:, None], other=0.0).to(tl.float32)
-            mine = tl.where(valid, _buckets(q, planes, table, bits, projections, D), -1)
-            keep |= tl.max((theirs[:, None] == mine[None, :]).to(tl.int32), 1) > 0
-    held = tl.load(count + group * tokens + token, mask=inside, other=0.0)
-    tl.store(count_after + group * tokens + token, tl.where(keep, held, 0.0), mask=inside)

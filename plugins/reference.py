@@ -11,6 +11,7 @@ from torch import Tensor
 from torch.nn import functional as F
 
 KEYS = 128  # rows of a key block
+SAMPLES = 64  # queries that a prompt's masses are measured by, at most
 
 
 def _wide(x: Tensor) -> Tensor:
@@ -169,6 +170,36 @@ def keep_text(query: Tensor, key: Tensor, count: Tensor, planes: Tensor, always:
         mine, theirs = _bucket(_wide(query).transpose(0, 1) @ table), _bucket(_wide(key) @ table)
         keep = keep | (theirs[:, :, None] == mine[:, None]).any(-1)
     return torch.where(keep, count, 0.0)
+
+
+def text_mass(query: Tensor, key: Tensor, count: Tensor, *, quantised: bool = True) -> Tensor:
+    sample = _wide(query)[:: -(-len(query) // SAMPLES)].transpose(0, 1)
+    x, y = (_rounded(sample), _rounded(_wide(key))) if quantised else (sample, _wide(key))
+    logits = x @ y.transpose(1, 2) * key.shape[-1] ** -0.5 + count[:, None].log()
+    return logits.softmax(-1).mean(1)
+
+
+def _rounded(x: Tensor) -> Tensor:
+    scale = x.abs().amax(-1, keepdim=True).clamp(min=1e-12) / 127
+    return (x / scale).round() * scale
+
+
+def condense_text(mass: Tensor, key: Tensor, value: Tensor, count: Tensor, *, share: float = 0.95,
+                  ) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
+    most, order = mass.sort(dim=-1, descending=True, stable=True)
+    fewest = most.cumsum(-1) - most < share
+    keep = torch.zeros_like(fewest).scatter(1, order, fewest)
+    rest = torch.where(keep | (count == 0), 0.0, mass)
+    part = rest / torch.where(rest.sum(-1, keepdim=True) > 0, rest.sum(-1, keepdim=True), 1.0)
+    entropy = (torch.special.xlogy(part, count) - torch.special.xlogy(part, part)).sum(-1, keepdim=True)
+    weight = torch.where((part > 0).any(-1, keepdim=True), entropy.exp(), 0.0)
+    mean_key = part[:, None] @ _wide(key)
+    mean_value = part[:, None] @ (_wide(value) / count.clamp(min=1)[..., None])
+    return (
+        torch.cat([key, mean_key.to(key.dtype)], 1),
+        torch.cat([value * keep[..., None], (mean_value * weight[..., None]).to(value.dtype)], 1),
+        torch.cat([torch.where(keep, count, 0.0), weight], 1),
+    )
 
 
 def _bucket(projections: Tensor) -> Tensor:

@@ -24,7 +24,7 @@ import re
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any, Literal
 
-from plugins import kernels
+from plugins import kernels, selection_kernels
 
 Kind = Literal["half", "f32", "i32"]
 LAUNCH = ("num_warps", "num_stages")
@@ -228,13 +228,13 @@ _OPERATORS = [
     ),
     # Numbers of tokens by ascending key, equal ones in order.
     Operator(
-        "arrange", kernels.arrange,
+        "arrange", selection_kernels.arrange,
         _args("key i32 G,n"), _args("order i32 G,n"),
         ("cdiv(n, BLOCK)", "G"), ("n",), {}, ({"BLOCK": 64, "num_warps": 4},) * 2,
     ),
     # AnnSA: the mean of each block of queries, taken in `order`.
     Operator(
-        "block_means", kernels.block_means,
+        "block_means", selection_kernels.block_means,
         _args(QUERY, "order i32 G,N"), _args("mean half G,cdiv(N,BLOCK_M),D"),
         ("cdiv(N, BLOCK_M)", "G"), ("N", "G"), {"D": "D"},
         ({"BLOCK_M": 128, "num_warps": 8}, {"BLOCK_M": 32, "num_warps": 4}),
@@ -242,7 +242,7 @@ _OPERATORS = [
     # AnnSA: the best product, log count added, of each query block's mean with a key of each block of 128; -inf where
     # no key is held.
     Operator(
-        "near_blocks", kernels.near_blocks,
+        "near_blocks", selection_kernels.near_blocks,
         _args("mean half G,Q,D", "key half G,R,D", "count f32 G,R"), _args("near f32 G,Q,R//128"),
         ("R // 128", "G"), ("Q", "R"), {"D": "D", "BLOCK_N": 128},
         ({"BLOCK_M": 64, "num_warps": 4, "num_stages": 2}, {"BLOCK_M": 16, "num_warps": 4, "num_stages": 1}),
@@ -251,26 +251,44 @@ _OPERATORS = [
     # AnnSA: the key blocks of the chunk's `own` rows, from row[stream] on, and of the others that hold keys the share
     # `density` that is nearest: the first `counts` of `blocks`, which has all of them, best first, equal ones in order.
     Operator(
-        "choose_blocks", kernels.choose_blocks,
+        "choose_blocks", selection_kernels.choose_blocks,
         _args("near f32 G,Q,K", "row i32 B"), _args("counts i32 G,Q", "blocks i32 G,Q,K"),
         ("Q", "G"), ("G", "Q", "K", "B", "own"), {"DENSITY": "density", "KEYS": 128},
         ({"BLOCK": 64, "num_warps": 4},) * 2, {"own": 1, "density": 1.0}, divides={"G": "B"},
     ),
     # Bucket numbers: bit b is the sign of the product with column b of `planes`, at most 30.
     Operator(
-        "signatures", kernels.signatures,
+        "signatures", selection_kernels.signatures,
         _args("x half N,G,D", "planes f32 D,V"), _args("bucket i32 G,N"),
         ("cdiv(N, BLOCK)", "G"), ("N", "G", "V"), {"D": "D"}, ({"BLOCK": 32, "num_warps": 4},) * 2, at_most={"V": "30"},
     ),
     # AnnCA: a prompt token's count, 0 unless `always` is not 0 or some query of its head shares a bucket with it. Each
     # `bits` columns of `planes` make one table of buckets.
     Operator(
-        "keep_text", kernels.keep_text,
+        "keep_text", selection_kernels.keep_text,
         _args(QUERY, "key half G,T,D", "count f32 G,T", "planes f32 D,V", "always f32 G,T"),
         _args("count_after f32 G,T"),
         ("cdiv(T, BLOCK_N)", "G"), ("N", "G", "T", "V", "bits"), {"D": "D"},
         ({"BLOCK_M": 64, "BLOCK_N": 64, "num_warps": 4},) * 2, {"bits": 8},
         divides={"V": "bits"}, at_most={"bits": "30"},
+    ),
+    # AnnCA by mass: of the attention of a sample of queries (64 at most, evenly apart) to the prompt, each token's mean
+    # share. `quantised`: products of rows rounded to 255 levels each.
+    Operator(
+        "text_mass", selection_kernels.text_mass,
+        _args(QUERY, "key half G,T,D", "count f32 G,T"), _args("mass f32 G,T"),
+        ("1", "G"), ("N", "G", "T"), {"D": "D", "QUANTISED": "quantised"},
+        ({"BLOCK_M": 64, "BLOCK_N": 64, "num_warps": 4, "num_stages": 2},
+         {"BLOCK_M": 64, "BLOCK_N": 32, "num_warps": 4, "num_stages": 1}),
+        {"quantised": True},
+    ),
+    # Then: the fewest tokens that hold `share` of the mass stay (the others' count and value are 0); the others, as one
+    # group, are the row after them: means by mass, log weight = sum of their shares' log count - log share.
+    Operator(
+        "condense_text", selection_kernels.condense_text,
+        _args("mass f32 G,T", "key half G,T,D", "value half G,T,D", "count f32 G,T"),
+        _args("key_after half G,T+1,D", "value_after half G,T+1,D", "count_after f32 G,T+1"),
+        ("1", "G"), ("T",), {"D": "D", "SHARE": "share"}, ({"BLOCK": 32, "num_warps": 4},) * 2, {"share": 0.95},
     ),
 ]  # fmt: skip
 OPERATORS: dict[str, Operator] = {operator.name: operator for operator in _OPERATORS}

@@ -153,6 +153,17 @@ def keep_text(n: int = 70, groups: int = 2, tokens: int = 67, dim: int = 16, tab
     return inputs, {"bits": bits}
 
 
+def text_mass(n: int = 150, groups: int = 2, tokens: int = 67, dim: int = 16, quantised: bool = False) -> Case:
+    held = cache(groups, tokens, dim)
+    return {"query": normal(n, groups, dim), "key": held["key"], "count": held["count"]}, {"quantised": quantised}
+
+
+def condense_text(groups: int = 2, tokens: int = 67, dim: int = 16, share: float = 0.8) -> Case:
+    held = cache(groups, tokens, dim)
+    mass = held["count"] * (2 * normal(groups, tokens)).exp()
+    return {"mass": mass / mass.sum(-1, keepdim=True), **held}, {"share": share}
+
+
 CASES: dict[str, Callable[..., Case]] = {name: globals()[name.removesuffix("_lse")] for name in OPERATORS}
 
 

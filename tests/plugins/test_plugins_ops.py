@@ -9,6 +9,7 @@ import torch
 from torch._subclasses.fake_tensor import FakeTensorMode
 
 from fastar_backend.attention import ann, flat_select
+from fastar_backend.attention.ann_ca import TextCache
 from fastar_backend.attention.flat_cache import _rows
 from fastar_backend.config import AttentionConfig
 from fastar_backend.errors import InvalidInput
@@ -42,12 +43,15 @@ SIZES = {
     ],
     "signatures": [{"n": 32, "bits": 30, "groups": 1}, {"n": 1, "bits": 1}],
     "keep_text": [{"n": 64, "tokens": 64, "tables": 1, "bits": 5}, {"n": 1, "tokens": 65, "bits": 3}],
+    "text_mass": [{"n": 1}, {"n": 64, "tokens": 64}, {"n": 65, "tokens": 3, "quantised": True}],
+    "condense_text": [{"tokens": 1}, {"tokens": 64, "share": 1.0}, {"share": 0.01}, {"tokens": 2}],
 }
 KERNELS = [(name, sizes) for name in OPERATORS for sizes in ({}, *SIZES[name])]
 HALF = [  # float16: the interpreter takes bfloat16 for integers. Blocks of queries are larger: sizes that pass them
     ("attend", {}), ("attend_lse", {"n": 130, "rows": 200}), ("attend_sparse", {"n": 140, "block": 128}),
     ("append", {}), ("turn", {}), ("turn_into", {}), ("measure", {}), ("quantise", {}), ("place", {}), ("merge", {}),
     ("block_means", {"n": 140}), ("near_blocks", {"lines": 66}), ("signatures", {}), ("keep_text", {}),
+    ("text_mass", {}), ("text_mass", {"quantised": True}), ("condense_text", {}),
 ]  # fmt: skip
 
 
@@ -302,3 +306,35 @@ def test_schema_has_inputs_and_attributes_by_name():
             argument.name for argument in operator.inputs
         ]
         assert {a.name: a.default_value for a in declared.arguments if a.has_default_value()} == operator.attributes
+
+
+@pytest.mark.parametrize(("mass", "index"), [(0.8, "quantised"), (0.99, "exact"), (0.3, "quantised")])
+def test_prompt_is_attended_to_as_by_the_pytorch_path(mass, index):
+    tokens, heads, dim, queries = 40, 3, 16, 150
+    text = torch.randint(0, 2, (tokens, 5)).float()  # with equal tokens
+    _, same = torch.unique(text, dim=0, return_inverse=True)
+    key, value = torch.randn(tokens, heads, dim)[same], torch.randn(tokens, heads, dim)[same]
+    cache = TextCache(key, value, text, AttentionConfig(select_text=True, text_mass=mass, index=index))
+    cache.use_kernel()
+    counts, first = cache.groups
+    query = torch.randn(queries, heads, dim)
+    wanted = cache.attend(query.transpose(0, 1)).transpose(0, 1)
+    f = torch.ops.fastar
+    share = f.text_mass(query, cache.keys, counts, quantised=index == "quantised")
+    condensed = f.condense_text(share, cache.keys, cache.values, counts, share=mass)
+    close(f.attend(query, *condensed, first), wanted, 1e-4)
+    assert (condensed[2] > 0).float().sum(-1).mean() == cache.kept
+
+
+def test_prompt_is_chosen_by_buckets_as_by_the_pytorch_path():
+    heads, tokens, dim = 3, 30, 16
+    config = AttentionConfig(select_text=True, text_mass=None, index_tables=2, index_bits=5)
+    cache = TextCache(*torch.randn(2, tokens, heads, dim), torch.randn(tokens, 5), config)
+    cache.use_kernel()
+    query, (counts, _) = torch.randn(4, heads, dim), cache.groups
+    planes = ann.planes(dim, config.index_tables, config.index_bits, query.device)
+    always = cache.always.float().expand_as(counts).contiguous()
+    after = torch.ops.fastar.keep_text(query, cache.keys, counts, planes, always, bits=config.index_bits)
+    keep, _ = cache.choose(query.transpose(0, 1), counts)
+    assert torch.equal(after, counts * keep)
+    assert 0 < keep.float().mean() < 1
