@@ -16,6 +16,7 @@ LONGEST_FILE = 450  # lines
 EDGE = ROOT / "model_repository" / "fastar" / "1" / "model.py"
 PACKAGE = sorted((ROOT / "fastar_backend").rglob("*.py"))
 CLIENT = sorted((ROOT / "client" / "fastar_client").rglob("*.py"))
+CONTROLLER = sorted((ROOT / "k8s" / "controller" / "fastar_controller").rglob("*.py"))
 
 # What each part of the package may import of the package; the first prefix that fits a module counts.
 MAY_IMPORT = {
@@ -108,13 +109,40 @@ def test_the_edge_has_no_maths():
     assert "torch.nn" not in EDGE.read_text()
 
 
-@pytest.mark.parametrize("path", [*PACKAGE, *CLIENT, EDGE], ids=module_of)
+# Of the controller; placement and health are pure: what they decide depends on what they are given alone.
+CONTROLLER_MAY_IMPORT = {
+    "placement": (),
+    "scrape": (),
+    "status": (),
+    "api": (),
+    "health": ("scrape",),
+    "lease": ("api",),
+    "controller": ("api", "health", "lease", "placement", "scrape", "status"),
+    "cli": ("",),
+    "__main__": ("cli",),
+    "__init__": (),
+}
+PURE = {"placement", "health"}
+
+
+@pytest.mark.parametrize("path", CONTROLLER, ids=lambda path: path.stem)
+def test_the_controller_is_a_package_of_its_own(path):
+    imported = imports(path.read_text())
+    assert not [name for name in imported if name.split(".")[0] in ("torch", "fastar_backend", "fastar_client", "k8s")]
+    allowed = [f"fastar_controller.{part}".rstrip(".") for part in CONTROLLER_MAY_IMPORT[path.stem]]
+    ours = [name for name in imported if within(name, "fastar_controller")]
+    assert [name for name in ours if not any(within(name, prefix) for prefix in allowed)] == []
+    if path.stem in PURE:
+        assert not {name.split(".")[0] for name in imported} & {"kubernetes", "urllib", "http", "threading", "time"}
+
+
+@pytest.mark.parametrize("path", [*PACKAGE, *CLIENT, *CONTROLLER, EDGE], ids=module_of)
 def test_files_stay_small(path):
     assert len(path.read_text().splitlines()) <= LONGEST_FILE
 
 
 def test_no_machine_paths_in_the_package():
-    for path in [*PACKAGE, *CLIENT, EDGE]:
+    for path in [*PACKAGE, *CLIENT, *CONTROLLER, EDGE]:
         assert not re.search(r"[\"' ]/(tmp|home|root|work)/", path.read_text()), path
 
 

@@ -52,7 +52,7 @@ class World:
     latent_frames_per_chunk: int  # actions per chunk
     buttons: tuple[str, ...]  # what an action may combine with "+"
     starts: tuple[str, ...]  # allowed values of `start`, besides "auto" and "nothing"
-    scenarios: tuple[str, ...]  # words that a prompt may name
+    scenarios: Mapping[str, str]  # what it knows -> a prompt for it
     native_fps: float  # frames per second at which the world looks natural
 
 
@@ -273,7 +273,12 @@ def parse_stats(text: bytes, values: Mapping[str, Any] | None = None) -> ChunkSt
 def parse_world(values: Mapping[str, Any]) -> World | None:
     """The world in a reply's STATS. Raises TypeError, AttributeError."""
     world = values.get("world")
-    return None if world is None else known_fields(World, world)
+    if world is None:
+        return None
+    scenarios = world.get("scenarios", {})
+    if not isinstance(scenarios, Mapping):  # of an older server: the names alone
+        world = world | {"scenarios": {name: name for name in scenarios}}
+    return known_fields(World, world)
 
 
 def parse_json(text: bytes) -> dict[str, Any]:

@@ -132,7 +132,7 @@ class ScriptedServer:
                 "latent_frames_per_chunk": self.latent_frames,
                 "buttons": ["forward", "turn_left"],
                 "starts": ["hall"],
-                "scenarios": ["hall"],
+                "scenarios": {"hall": "a stone hall"},
                 "native_fps": 20.0,
                 "unknown_to_this_client": 1,
             }

@@ -11,7 +11,7 @@ import pytest
 from fastar_client.errors import InvalidArgument
 from fastar_client.load.plan import plan, share
 from fastar_client.load.scenario import PRESETS, PROMPTS, Phase, Scenario, preset, read_scenario
-from fastar_client.protocol import World
+from fastar_client.protocol import World, parse_world
 
 SEEDS = [random.SystemRandom().randrange(2**40) for _ in range(40)]
 NAMED = {"actions": ("forward", "turn_left", ""), "prompts": ("a hall", "a maze")}
@@ -93,14 +93,19 @@ def test_processes_share_all_streams():
 
 
 def test_a_world_fills_in_what_a_scenario_leaves_open():
-    world = World("w", 8, 8, 4, 2, ("left", "right"), (), ("cave", "hall"), 20.0)
+    prompts = {"cave": "a wet cave", "hall": "a round hall"}
+    world = World("w", 8, 8, 4, 2, ("left", "right"), (), prompts, 20.0)
     filled = preset("steady").in_world(world)
     assert filled.actions == ("left", "right", "")
-    assert filled.prompts == ("cave", "hall")
-    prompts = {"cave": "a wet cave", "hall": "a round hall"}  # as the server sends them
-    assert preset("steady").in_world(dataclasses.replace(world, scenarios=prompts)).prompts == tuple(prompts.values())
+    assert filled.prompts == ("a wet cave", "a round hall")
     assert scenario().in_world(world) == scenario()
-    assert preset("steady").in_world(dataclasses.replace(world, scenarios=())).prompts == PROMPTS
+    assert preset("steady").in_world(dataclasses.replace(world, scenarios={})).prompts == PROMPTS
+
+
+def test_an_older_server_names_its_scenarios_only():
+    values = {field.name: 1 for field in dataclasses.fields(World)} | {"scenarios": ["cave", "hall"]}
+    assert parse_world({"world": values}).scenarios == {"cave": "cave", "hall": "hall"}
+    assert parse_world({}) is None
 
 
 def at_once(streams, moment: float) -> int:
@@ -108,7 +113,7 @@ def at_once(streams, moment: float) -> int:
 
 
 def test_presets_have_as_many_streams_as_they_say():
-    world = World("w", 8, 8, 4, 2, ("left",), (), ("cave",), 20.0)
+    world = World("w", 8, 8, 4, 2, ("left",), (), {"cave": "a wet cave"}, 20.0)
     for name in PRESETS:
         plans = [plan(preset(name, 12, 80).in_world(world), seed) for seed in SEEDS]
         if name == "hold":

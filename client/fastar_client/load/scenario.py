@@ -108,8 +108,7 @@ class Scenario:
 
     def in_world(self, world: World) -> Scenario:
         """With the server's buttons and scenarios, where the scenario names none of its own."""
-        named = world.scenarios  # name -> prompt; of an older server the names alone
-        known = tuple(named.values()) if isinstance(named, Mapping) else tuple(named)
+        known = tuple(world.scenarios.values())
         actions = self.actions or (*world.buttons, "")
         return dataclasses.replace(self, actions=actions, prompts=self.prompts or known or PROMPTS)
 
