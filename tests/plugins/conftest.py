@@ -5,6 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 
 import pytest
+from plugins_sizes import LIBRARY
 
 
 @pytest.fixture(scope="session")
@@ -13,5 +14,4 @@ def plugin_library(request) -> Path:
     pytest.importorskip("kernel_lens", reason="has the headers of TensorRT: extra trt-test")
     from plugins.build import library
 
-    folder = Path(request.config.cache.mkdir("plugins"))
-    return library(folder, archs=[90], types=["fp16", "bf16"], head_dims=[64])
+    return library(Path(request.config.cache.mkdir("plugins")), **LIBRARY)

@@ -1,7 +1,7 @@
 """A process with TensorRT-RTX, which needs no GPU to build: each case is a graph of one operator, built into an engine.
 
-`python plugins_rtx.py LIBRARY < cases.json`. A case: operator, types (of inputs, outputs), shapes (of inputs; a name for
-a dimension that is not known, then `range`: its least, usual and greatest size), attributes, in_place (whether in-place
+`python plugins_rtx.py LIBRARY < cases.json`. A case: operator, types (of inputs, outputs), shapes (of inputs; a name: a
+dimension that is not known, then `range`: its least, usual and greatest size), attributes, in_place (whether in-place
 outputs are allowed). Prints a list of results as JSON: the outputs' shapes and the engine's size, or errors (the
 parser's, and what the plugins wrote to standard error)."""
 

@@ -9,7 +9,7 @@ import sys
 
 import numpy as np
 import pytest
-from plugins_sizes import HEAD_DIM, attributes, shapes, types
+from plugins_sizes import HEAD_DIM, LIBRARY, attributes, shapes, types
 
 from fastar_backend.errors import InvalidInput
 from plugins.build import BuildError, library, postfix
@@ -262,7 +262,7 @@ def test_the_other_form_does_not_register_with_another_tensorrt(plugin_library):
 
 def test_building_is_done_once_and_refuses_kindly(plugin_library, tmp_path, monkeypatch):
     made = plugin_library.stat().st_mtime_ns
-    again = library(plugin_library.parents[1], archs=[90], types=["fp16", "bf16"], head_dims=[64])
+    again = library(plugin_library.parents[1], **LIBRARY)
     assert again == plugin_library
     assert again.stat().st_mtime_ns == made
     with pytest.raises(InvalidInput, match="types: empty"):
