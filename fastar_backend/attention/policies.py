@@ -2,7 +2,8 @@
 and together, each with both of its indices. Evaluation and the table test run them all.
 
 The budget is that of a window, of FlowCache and of TempCache. The others keep the whole history, as in their papers:
-AnnSA and AnnCA by themselves, too."""
+AnnSA and AnnCA by themselves, too. AnnCA chooses by the paper's buckets where the index is LSH and in the paper's
+recipe, by attention mass where it is quantised (attention/ann_ca.py)."""
 
 from __future__ import annotations
 
