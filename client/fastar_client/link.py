@@ -21,6 +21,7 @@ from fastar_client.decode import Decoder, is_small
 from fastar_client.errors import (
     FastarError,
     NotFound,
+    ResourceExhausted,
     ServerError,
     ServerUnavailable,
     StreamLost,
@@ -224,7 +225,7 @@ class Link:
                         failure = error
             if failure is not None and not self.over:
                 if isinstance(failure, ServerUnavailable):
-                    self._leave()
+                    self._leave(failure)
                 if self._may_recover(failure):
                     await self._recover(failure)
                     gone = self.broken
@@ -240,10 +241,10 @@ class Link:
         self._pin.note(self._call.pod)
         return reply
 
-    def _leave(self) -> None:
+    def _leave(self, error: FastarError) -> None:
         """The call's server drains, is gone or refuses: on to another one, where a gateway or we know of one."""
         self._transport.leave(self._call)
-        self._pin.clear()
+        self._pin.leave(isinstance(error, ResourceExhausted))
 
     def _fail(self, error: BaseException) -> None:
         if isinstance(error, FastarError):
@@ -327,7 +328,7 @@ class Link:
             except FastarError as caught:
                 if left > 0 and may_pass(caught):
                     failure = caught
-                    self._leave()
+                    self._leave(caught)
                     await asyncio.sleep(min(wait * random.uniform(0.5, 1.5), left))
                     wait = min(2 * wait, BACK_OFF[1])
                     continue

@@ -29,22 +29,30 @@ class Diverged(StreamLost):
 
 class Pin:
     """The server behind a gateway that has the stream, once it is known. A new stream names none, and so goes where
-    there is room; one that was lost goes back to its server, and from one that is gone or drains, again to any."""
+    there is room; one that was lost goes back to its server, and from one that is gone or drains, again to any.
+
+    Where that one is full, the gateway does not know all its calls, and would lead us there again: then by a new id,
+    which it hashes, every other time.
+    """
 
     def __init__(self) -> None:
         self._id = secrets.token_hex(8)  # no secret: by it a gateway chooses if it no longer knows the pod
         self._pod: str | None = None
+        self._hashed = False
 
     def note(self, pod: str | None) -> None:
         """pod: of a reply; a gateway that took us where we wanted says nothing."""
         self._pod = pod or self._pod
 
-    def clear(self) -> None:
+    def leave(self, full: bool) -> None:
+        self._hashed = full and self._pod is not None and not self._hashed
         self._pod = None
 
     @property
     def headers(self) -> dict[str, str]:
-        return {} if self._pod is None else {STREAM_HEADER: self._id, POD_HEADER: self._pod}
+        if self._pod is not None:
+            return {STREAM_HEADER: self._id, POD_HEADER: self._pod}
+        return {STREAM_HEADER: secrets.token_hex(8)} if self._hashed else {}
 
 
 def may_pass(error: FastarError) -> bool:

@@ -9,6 +9,7 @@ import grpc
 import psutil
 import pytest
 from fastar_client import connect
+from fastar_client.recovery import Pin
 from live import LiveServer
 from scripted import ScriptedServer, grpc_server
 from test_client_session import run
@@ -68,6 +69,40 @@ def test_a_pod_that_is_gone_is_named_once():
         assert found == [None, "cG9kLTE=", None, "cG9kLTE="]
 
     run(test)
+
+
+def test_full_servers_are_got_past_by_new_ids():
+    """A gateway that counts its calls may lead to a full server again and again."""
+
+    async def test():
+        server = LiveServer(cuts={3: "migrate"}, pod="cG9kLTE=")
+        server.refuse_resume = "RESOURCE_EXHAUSTED: streams: 8 are open; allowed: 8; retry in 1 s"
+        async with grpc_server(server) as url, connect(url) as c, c.stream("a hall", actions="forward") as stream:
+            await play(stream, 3)
+            more = asyncio.create_task(play(stream, 2))
+            while len(server.headers) < 6:
+                await asyncio.sleep(0.01)
+            server.refuse_resume = None
+            await more
+        found = gateway_headers(server)
+        assert found[:2] == [{}, {}]
+        assert all("x-fastar-pod" not in headers for headers in found)
+        ids = [headers.get("x-fastar-stream") for headers in found[1:6]]
+        assert [i is None for i in ids] == [True, False, True, False, True]
+        assert ids[1] != ids[3]
+
+    run(test)
+
+
+def test_where_a_hash_has_led_is_gone_back_to():
+    pin = Pin()
+    pin.note("pod-1")
+    pin.leave(full=True)
+    assert set(pin.headers) == {"x-fastar-stream"}
+    pin.note("pod-2")
+    assert pin.headers["x-fastar-pod"] == "pod-2"
+    pin.leave(full=False)
+    assert pin.headers == {}
 
 
 def test_a_gateway_that_leads_elsewhere_is_believed():
