@@ -19,6 +19,7 @@ from rich.markup import escape
 from fastar_backend.config import parse
 from fastar_backend.errors import FastarError, InvalidInput
 from fastar_backend.evaluation.cli import app as evaluation
+from plugins.cli import app as engine
 
 app = typer.Typer(
     help="FAST-AR Serve: live autoregressive video from NVIDIA Triton.",
@@ -29,6 +30,7 @@ app = typer.Typer(
 
 
 app.add_typer(evaluation, name="eval")
+app.add_typer(engine, name="engine")
 
 
 @app.callback()

@@ -5,6 +5,8 @@ TensorRT's own module is looked for when it is needed: nothing here imports it."
 
 from __future__ import annotations
 
+import contextlib
+import ctypes
 import dataclasses
 import hashlib
 import importlib
@@ -99,6 +101,13 @@ def tensorrt(field: str, wanted: Sequence[str] = ()) -> Any:
     )
 
 
+def with_plugin(trt: Any) -> Any:
+    """The module with its `plugin` (quick deployable plugins) loaded, if it has any."""
+    with contextlib.suppress(ImportError):
+        importlib.import_module(f"{trt.__name__}.plugin")
+    return trt
+
+
 def is_rtx(trt: Any) -> bool:
     return "rtx" in trt.__name__
 
@@ -157,6 +166,7 @@ def build(
 
     profiles: graph -> input -> its least, most likely and largest shape. timing_cache: read if it is there, then
     written. aliases: plugins may write in place. Raises BuildError."""
+    check_loadable(trt)
     out.mkdir(parents=True, exist_ok=True)
     built = {}
     for graph, path in files.items():
@@ -164,6 +174,20 @@ def build(
         built[graph] = out / f"{graph}.engine"
         built[graph].write_bytes(data)
     return built
+
+
+def check_loadable(trt: Any) -> None:
+    """TensorRT-RTX loads its own library by a name without a version, and ends the process where there is none. Raises
+    BuildError."""
+    if not is_rtx(trt):
+        return
+    try:
+        ctypes.CDLL("libtensorrt_rtx.so")
+    except OSError:
+        raise BuildError(
+            "engine: TensorRT-RTX looks for libtensorrt_rtx.so, and LD_LIBRARY_PATH, as this process was started with, "
+            "has none; allowed: a folder there with a link of that name to libtensorrt_rtx.so.1"
+        ) from None
 
 
 def build_one(
@@ -176,7 +200,9 @@ def build_one(
     network = builder.create_network(flags(trt))
     parser = trt.OnnxParser(network, log)
     if not parser.parse_from_file(str(path)):
-        raise BuildError(f"engine: {graph}: {'; '.join(parse_errors(parser)) or text(errors)}; allowed: see docs")
+        raise BuildError(
+            f"engine: {graph}: {'; '.join(parse_errors(parser)) or text(errors)}; allowed: see docs/tensorrt.md"
+        )
     config = builder.create_builder_config()
     if aliases:
         config.set_preview_feature(getattr(trt.PreviewFeature, ALIASES), True)
@@ -192,7 +218,7 @@ def build_one(
         config.set_timing_cache(cache, ignore_mismatch=False)
     data = builder.build_serialized_network(network, config)
     if data is None:
-        raise BuildError(f"engine: {graph} cannot be built: {text(errors)}; allowed: see docs")
+        raise BuildError(f"engine: {graph} cannot be built: {text(errors)}; allowed: see docs/tensorrt.md")
     if cache is not None:
         timing_cache.write_bytes(bytes(config.get_timing_cache().serialize()))
     return bytes(data)
