@@ -110,6 +110,8 @@ def ablations(budget: int) -> dict[str, dict[str, Any]]:
         "AnnSA 25 % in all steps": {"sparse_density": 0.25, "dense_steps": 0.0},
         "AnnSA 25 % in the writing pass only": {"sparse_density": 0.25, "dense_steps": 1.0},
         "AnnCA": {"select_text": True},
+        "AnnCA 90 %": {"select_text": True, "text_mass": 0.9},
+        "AnnCA by buckets": {"select_text": True, "text_mass": None},
     }
 
 
