@@ -301,6 +301,8 @@ class Prompt(Graph):
 
 def make(plan: Plan, dit: CausalDiT, graph: str) -> Graph:
     """A graph over the transformer's own weights. Raises InvalidInput."""
+    if graph not in GRAPHS:
+        raise InvalidInput("graph", f"got {graph!r:.40}", ", ".join(GRAPHS))
     if graph in PASSES:
         return Pass(plan, graph, dit).eval().requires_grad_(False)
     made = Begin(plan) if graph == "begin" else Update(plan) if graph == "update" else Prompt(plan, dit)
