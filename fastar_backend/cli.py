@@ -46,6 +46,10 @@ def serve(
     http_port: Annotated[int, typer.Option(help="0 picks a free one.")] = 8000,
     grpc_port: Annotated[int, typer.Option(help="What clients connect to; 0 picks a free one.")] = 8001,
     metrics_port: Annotated[int, typer.Option(help="Prometheus metrics; 0 picks a free one.")] = 8002,
+    admin_port: Annotated[
+        int | None,
+        typer.Option(help="For a cluster's controller: POST /move?streams=N. No passwords.", show_default="none"),
+    ] = None,
     world: Annotated[
         str, typer.Option(envvar="FASTAR_WORLD", help="A built-in world, or a folder with a world.json.")
     ] = "doom",

@@ -34,6 +34,11 @@ class Launch:
     environment: dict[str, str]
 
     @property
+    def move(self) -> Path:
+        """A file that holds how many streams the model process is to send on to other servers."""
+        return self.folder / "move"
+
+    @property
     def drain(self) -> Path:
         """Where it is, the model stores its streams and sends them on; it removes the file when it is done."""
         return self.folder / "drain"
@@ -119,6 +124,7 @@ def _environment(settings: ServeSettings, installation: Installation, folder: Pa
     # The stub embeds Python: it takes the first python3 on PATH for its home, and so this environment's packages.
     environment["PATH"] = os.pathsep.join([str(Path(sys.executable).parent), environment.get("PATH", os.defpath)])
     environment["FASTAR_DRAIN_FILE"] = str(folder / "drain")
+    environment["FASTAR_MOVE_FILE"] = str(folder / "move")
     environment["FASTAR_SNAPSHOTS"] = settings.service.snapshots or ""
     if installation.library:
         libraries = [str(installation.library), environment.get("LD_LIBRARY_PATH", "")]

@@ -19,6 +19,7 @@ import psutil
 
 from fastar_backend.errors import InvalidInput
 from fastar_backend.serve import guard, install, runtime
+from fastar_backend.serve.admin import Admin
 from fastar_backend.serve.logs import ServerLog
 from fastar_backend.serve.probe import Probe
 from fastar_backend.serve.settings import ServerError, ServeSettings
@@ -48,6 +49,7 @@ class Server:
         self._snapshots = ""  # a private folder for snapshots, where none is configured
         self._attempt: Attempt | None = None
         self._watcher: threading.Thread | None = None
+        self._admin: Admin | None = None
 
     @property
     def grpc_url(self) -> str:
@@ -60,6 +62,11 @@ class Server:
     @property
     def metrics_url(self) -> str:
         return f"http://{self._reachable}:{self.ports['metrics']}/metrics"
+
+    @property
+    def admin_url(self) -> str | None:
+        """None where there is no such port."""
+        return f"http://{self._reachable}:{self._admin.port}" if self._admin else None
 
     @property
     def model_processes(self) -> list[psutil.Process]:
@@ -86,6 +93,8 @@ class Server:
             service = self.settings.service.model_copy(update={"snapshots": self._snapshots})
             self.settings = self.settings.model_copy(update={"service": service})
         try:
+            if self.settings.admin_port is not None:
+                self._admin = Admin(self.settings.host, self.settings.admin_port, self.move)
             self._launch()
         except BaseException:
             self.kill()
@@ -105,18 +114,33 @@ class Server:
         self.stopping.set()
         if self._watcher:
             self._watcher.join()
-        self._forget_snapshots()
+        self._let_go()
         self.stopped.set()
+
+    def move(self, streams: int) -> None:
+        """So many live streams are stored and sent on to other servers; this one goes on. Asked anew before that has
+        begun, the last number counts. Raises ServerError where they have nowhere to go on, or nobody runs."""
+        attempt = self._attempt
+        if attempt is None or self.stopping.is_set() or attempt.guard.poll() is not None:
+            raise ServerError("server: it is not running; allowed: one that is")
+        if not attempt.moves:
+            raise ServerError("streams: nowhere to go on; allowed: with --snapshots that other servers share")
+        temporary = attempt.launch.move.with_suffix(".new")
+        temporary.write_text(str(streams))
+        temporary.replace(attempt.launch.move)
 
     def kill(self) -> None:
         """Ends everything at once."""
         self.stopping.set()
         if self._attempt:
             self._attempt.kill()
-        self._forget_snapshots()
+        self._let_go()
         self.stopped.set()
 
-    def _forget_snapshots(self) -> None:
+    def _let_go(self) -> None:
+        if self._admin:
+            self._admin.stop()
+            self._admin = None
         if self._snapshots:
             shutil.rmtree(self._snapshots, ignore_errors=True)
 

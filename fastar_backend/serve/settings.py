@@ -27,6 +27,7 @@ class ServeSettings(ExecutionConfig):
     http_port: int = Field(8000, ge=0, le=65535)
     grpc_port: int = Field(8001, ge=0, le=65535)
     metrics_port: int = Field(8002, ge=0, le=65535)
+    admin_port: int | None = Field(None, ge=0, le=65535)  # see admin.py; None: no such port
     world: str = "doom"  # a built-in name, or a folder with a world.json
     device: Literal["auto", "cpu", "cuda"] = "auto"
     attention: AttentionConfig = AttentionConfig()  # or its JSON, or a kind alone

@@ -1,4 +1,5 @@
-"""A server that goes: every stream is stored at its next chunk's boundary, and its client told to go on elsewhere."""
+"""Streams that go on elsewhere: each is stored at its next chunk's boundary, and its client told. All, where the server
+is to end (a drain); some, where it is to carry fewer (`shed`)."""
 
 from __future__ import annotations
 
@@ -16,6 +17,7 @@ if TYPE_CHECKING:
     from fastar_backend.service.service import Service
 
 LINGER_SECONDS = 2.0  # a client that asks for nothing when its stream is stored has so long to ask, and be told
+FORGET_SECONDS = 60.0  # and so long where the server goes on; after that it does not know the stream, which is stored
 log = logging.getLogger("fastar")
 
 
@@ -40,6 +42,7 @@ class Drain:
         self.began: float | None = None  # monotonic seconds
         self.leaving: dict[int, Leaving] = {}  # by sequence id
         self.settled = 0.0  # when the last stream was stored, or could not be
+        self.wanted = 0  # streams still to be shed
         self.over = threading.Event()
 
     def begin(self) -> None:
@@ -51,18 +54,24 @@ class Drain:
                 log.info("draining: %d live streams", len(self.service.sessions))
                 self.service.wake.notify()
 
+    def shed(self, streams: int) -> None:
+        """From any thread. So many live streams are to go on elsewhere; asked anew, the last number counts."""
+        with self.service.wake:
+            self.wanted = streams
+            self.service.wake.notify()
+
     def move(self) -> None:
         """Engine thread, between two steps: stores the streams that are at a boundary, which all are but those that
         cannot be stored (they measure recall); these go on until they end."""
-        if self.began is None or self.over.is_set():
+        if self.began is None:
+            self._shed()
+            return
+        if self.over.is_set():
             return
         service = self.service
         for session in list(service.sessions.values()):
             if session.snapshots_allowed and session.stream in service.engine.streams:
-                try:
-                    self._leave(session)
-                except Exception as error:
-                    service._end(session, "error", as_fastar_error(error))
+                self._leave(session)
         unsettled = any(one.stored is None for one in self.leaving.values())
         if service.sessions or service.starting or service.inbox or unsettled:
             return
@@ -81,7 +90,32 @@ class Drain:
         else:
             self._tell(one, request)
 
+    def _shed(self) -> None:
+        """The newest first: they have the least to lose should they not find a place. Only those whose clients know
+        what they are told."""
+        past = time.monotonic() - FORGET_SECONDS
+        for id in [id for id, one in self.leaving.items() if one.stored is not None and one.since < past]:
+            del self.leaving[id]
+        service = self.service
+        fit = [
+            session
+            for session in service.sessions.values()
+            if session.migrates and session.snapshots_allowed and session.stream in service.engine.streams
+            and not (session.pending and session.pending[0].starts)
+        ]  # fmt: skip
+        fit.sort(key=lambda session: session.opened)
+        while self.wanted and fit:
+            self.wanted -= 1
+            self._leave(fit.pop())
+        self.wanted = 0
+
     def _leave(self, session: Session) -> None:
+        try:
+            self._store(session)
+        except Exception as error:
+            self.service._end(session, "error", as_fastar_error(error))
+
+    def _store(self, session: Session) -> None:
         service = self.service
         if session.pending and session.pending[0].starts:  # its client has seen nothing of it here
             service._end(session, "drained", Stopping("server: it drains; allowed: another server, or later"))
@@ -100,9 +134,9 @@ class Drain:
         self.service.metrics.migrated(now - one.since, stored)
         left = sum(other.stored is None for other in self.leaving.values()) + len(self.service.sessions)
         if stored:
-            log.info("draining: a stream is stored (%.2f s), %d to go", now - one.since, left)
+            log.info("moving: a stream is stored (%.2f s), %d are left", now - one.since, left)
         else:
-            log.error("draining: a stream could not be stored, it goes on from an older snapshot; %d to go", left)
+            log.error("moving: a stream could not be stored, it goes on from an older snapshot; %d are left", left)
         for request in one.waiting:
             self._tell(one, request)
         one.waiting.clear()

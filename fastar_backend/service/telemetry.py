@@ -48,7 +48,7 @@ TABLE: dict[str, tuple[str, str, tuple[str, ...], tuple[float, ...]]] = {
     "fastar_snapshot_seconds": ("histogram", "Seconds from taking a snapshot until it is stored", (), STORING),
     "fastar_snapshots_total": ("counter", "Snapshots", ("result",), ()),
     "fastar_draining": ("gauge", "1 while the server moves its streams elsewhere to end", (), ()),
-    "fastar_migrations_total": ("counter", "Streams taken from this draining server", ("result",), ()),
+    "fastar_migrations_total": ("counter", "Streams sent on to other servers", ("result",), ()),
     "fastar_migration_seconds": (
         "histogram",
         "Seconds from a stream's stop here until it is stored",

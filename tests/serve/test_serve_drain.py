@@ -6,6 +6,8 @@ import asyncio
 import contextlib
 import threading
 import time
+import urllib.error
+import urllib.request
 
 import numpy as np
 import pytest
@@ -24,7 +26,9 @@ CHUNKS, PERIOD = 24, 0.1  # seconds that a viewer takes to show one
 
 def start(world, store) -> Server:
     values = {"world": str(world), "device": "cpu", "attention": SMALL, "deterministic": True, "threads": 1}
-    settings = ServeSettings(**FREE_PORTS, **values, max_streams=6, snapshots=str(store), exit_timeout=EXIT)
+    settings = ServeSettings(
+        **FREE_PORTS, **values, max_streams=6, snapshots=str(store), exit_timeout=EXIT, admin_port=0
+    )
     server = Server(settings)
     server.start()
     return server
@@ -172,6 +176,43 @@ def test_idle_paused_and_blending_streams_go_on(goes, stays):
     same(got["idle"], alone(stays, 10, 1))
     same(got["paused"], alone(stays, 10, 2))
     same(got["blending"], alone(stays, 10, 3, blend))
+
+
+def ask_to_move(server, path: str) -> int:
+    request = urllib.request.Request(f"{server.admin_url}{path}", method="POST")
+    try:
+        with urllib.request.urlopen(request, timeout=5) as reply:
+            return reply.status
+    except urllib.error.HTTPError as error:
+        error.close()
+        return error.code
+
+
+def test_two_of_three_streams_are_sent_on_and_the_server_goes_on(goes, stays):
+    async def test():
+        async with connect(both(goes, stays), reconnect_seconds=20) as c:
+            streams = [c.open(c.stream(PROMPT, seed=seed).options, "forward", in_flight=1) for seed in range(3)]
+            frames = [[(await anext(stream)).frames for _ in range(3)] for stream in streams]
+            assert [await asyncio.to_thread(ask_to_move, goes, f"/move?streams={n}") for n in ("0", "201", "x")] == [
+                400, 400, 404
+            ]  # fmt: skip
+            assert await asyncio.to_thread(ask_to_move, goes, "/move?streams=2") == 202
+            await asyncio.to_thread(until, lambda: metric(goes, "fastar_streams_active") == 1, 10)
+            for stream, own in zip(streams, frames, strict=True):
+                while len(own) < 8:
+                    chunk = await anext(stream)
+                    assert chunk.stats.chunk == len(own)
+                    own.append(chunk.frames)
+            assert [stream.reconnects for stream in streams] == [0, 1, 1], "the newest"
+            assert await asyncio.to_thread(ready, goes)
+            return frames
+
+    for seed, ours in enumerate(run(test)):
+        same(ours, alone(stays, 8, seed))
+    address = goes.admin_url
+    goes.kill()
+    with pytest.raises(urllib.error.URLError):
+        urllib.request.urlopen(address, timeout=5)
 
 
 def test_not_ready_no_new_streams_and_metrics(goes, stays):

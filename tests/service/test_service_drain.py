@@ -223,6 +223,46 @@ def test_who_comes_back_to_the_old_server_owns_the_stream_again(pair):
     assert until(lambda: 5 in old.sessions[back.id].stored), "its writes are welcome"
 
 
+def test_some_streams_are_shed_and_the_server_goes_on(pair, monkeypatch):
+    """The newest whose clients understand; the others, and new ones, stay as they were."""
+    old, new = pair
+    monkeypatch.setattr("fastar_backend.service.drain.FORGET_SECONDS", 0.3)
+    first, second, third = (begin(old, 3, seed=seed) for seed in (1, 2, 3))
+    blind = begin(old, 3, seed=4, migrate=False)
+    expected = {client: undisturbed(new, seed) for client, seed in ((first, 1), (second, 2), (third, 3), (blind, 4))}
+    old.drain.shed(2)
+    for client in (second, third):
+        assert until(lambda client=client: client.id not in old.sessions)
+        reply = client.chunk((ACTIONS[3],))
+        assert reply.stats["migrate"] == {"chunk": 3, "frame": reply.stats["migrate"]["frame"], "token": client.token}
+        np.testing.assert_array_equal(go_on(new, client.token, 3, 8), expected[client][3:])
+    for client in (first, blind):
+        frames = [client.chunk((action,)).frames for action in ACTIONS[3:]]
+        np.testing.assert_array_equal(frames, expected[client][3:])
+    assert old.drain.began is None
+    begin(old, 2).end()
+    assert until(lambda: not old.drain.leaving), "what has moved is forgotten"
+    with pytest.raises(UnknownStream):
+        second.chunk((ACTIONS[4],))
+    old.drain.shed(5)
+    assert until(lambda: first.id not in old.sessions)
+    assert blind.id in old.sessions
+    late = begin(old, 2, seed=5)
+    old.drain.wanted = 0
+    late.chunk((ACTIONS[2],))
+
+
+def test_a_stream_that_cannot_be_stored_is_shed_all_the_same(pair, monkeypatch):
+    """Its client hears UNAVAILABLE, and goes on from an older snapshot."""
+    old, _ = pair
+    client = begin(old, 3)
+    monkeypatch.setattr(old.store, "put", lambda *_: (_ for _ in ()).throw(OSError("no space")))
+    old.drain.shed(1)
+    assert until(lambda: client.id not in old.sessions)
+    with pytest.raises(Stopping):
+        client.chunk((ACTIONS[3],))
+
+
 @pytest.mark.parametrize("kind", ["folder", "memory", "redis"])
 def test_epochs(kind, tmp_path, request):
     urls = {"folder": str(tmp_path / "store"), "memory": f"memory://{tmp_path.name}"}

@@ -25,6 +25,7 @@ from fastar_backend.service.telemetry import Metrics, Tracing, triton_factory
 LIMITS = {"ACTIONS": (64, 256), "PROMPT": (1, 4096), "OPTIONS": (1, 8192), "CONTROL": (1, 8192)}  # elements, bytes each
 WATCH_SECONDS = 0.1
 DRAIN = "FASTAR_DRAIN_FILE"  # in the environment: a file that `fastar serve` makes to have us drain; we remove it then
+MOVE = "FASTAR_MOVE_FILE"  # likewise: it holds how many streams are to go on elsewhere
 HEADER = 64  # bytes of a request header that we read
 STATUS = {  # names in pb_utils.TritonError, which knows no RESOURCE_EXHAUSTED; the rest is INTERNAL
     "INVALID_ARGUMENT": "INVALID_ARG",
@@ -133,10 +134,14 @@ class TritonPythonModel:
         sender.send(pb_utils.InferenceResponse(tensors), flags=FINAL)
 
     def _watch(self) -> None:
-        drain, file = self.service.drain, os.environ.get(DRAIN)
+        drain, file, move = self.service.drain, os.environ.get(DRAIN), os.environ.get(MOVE)
         while not self.stopping.wait(WATCH_SECONDS):
             if os.getppid() != self.server:  # tritonserver was killed: it takes its model process with it
                 os._exit(1)
+            if move and os.path.exists(move):
+                with open(move) as text:
+                    drain.shed(int(text.read()))
+                os.unlink(move)
             if file and os.path.exists(file):
                 drain.begin()
                 if drain.over.is_set():
