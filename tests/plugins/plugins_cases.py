@@ -154,8 +154,16 @@ def keep_text(n: int = 70, groups: int = 2, tokens: int = 67, dim: int = 16, tab
 
 
 def text_mass(n: int = 150, groups: int = 2, tokens: int = 67, dim: int = 16, quantised: bool = False) -> Case:
-    held = cache(groups, tokens, dim)
-    return {"query": normal(n, groups, dim), "key": held["key"], "count": held["count"]}, {"quantised": quantised}
+    key, query = (rounds_clearly(*shape, dim) if quantised else normal(*shape, dim) for shape in
+                  ((groups, tokens), (n, groups)))  # fmt: skip
+    return {"query": query, "key": key, "count": cache(groups, tokens, dim)["count"]}, {"quantised": quantised}
+
+
+def rounds_clearly(*shape: int) -> Tensor:
+    """Rows that 255 levels change, and in every type to the same levels."""
+    level = whole(-126, 127, *shape) + 0.6 * torch.rand(shape, dtype=torch.float64) - 0.3
+    level[..., 0] = 127
+    return level * normal(*shape[:-1], 1) / 64
 
 
 def condense_text(groups: int = 2, tokens: int = 67, dim: int = 16, share: float = 0.8) -> Case:

@@ -109,7 +109,7 @@ def check(name, inputs, attributes, tolerance):
         elif name == "quantise":  # halves may be rounded either way
             codes, right = out.cpu().view(torch.int8).int(), wanted.view(torch.int8).int()
             assert (codes - right).abs().max() <= 1
-            assert (codes != right).float().mean() < 0.01
+            assert (codes != right).sum() <= max(1, 0.01 * codes.numel())
         elif argument.kind == "i32":
             assert torch.equal(out.cpu(), wanted), argument.name
         else:
