@@ -6,7 +6,7 @@ FRAMES ?=
 BIN := $(VENV)/bin
 INSTALLED := $(VENV)/.installed
 TESTABLE := $(VENV)/.testable
-CODE := fastar_backend client model_repository tests benchmarks training k8s
+CODE := fastar_backend plugins client model_repository tests benchmarks training k8s
 PIP := $(BIN)/python -m pip --disable-pip-version-check install -q -c constraints.txt
 
 .PHONY: venv test test-all lint demo serve clean
