@@ -193,13 +193,18 @@ def _resources(cubin: bytes) -> tuple[int, int]:
     return int(found[1]), int(found[2]) + int(found[3])
 
 
+def _named(operator: Operator) -> set[str]:
+    """Dimensions and attributes in the operator's `constants`."""
+    trees = (ast.parse(str(expression)) for expression in operator.constants.values())
+    return {node.id for tree in trees for node in ast.walk(tree) if isinstance(node, ast.Name)}
+
+
 def settings(
     operator: Operator, head_dims: Sequence[int], values: Mapping[str, Sequence[float]]
 ) -> Iterator[dict[str, Any]]:
     """All values of the names in the operator's `constants`: head dimensions, what goes with them, and `values` (else
     an attribute's default). C, the turned half, is a model's choice; by default that of Wan's split in three."""
-    names = {node.id for expression in operator.constants.values() for node in ast.walk(ast.parse(str(expression)))
-             if isinstance(node, ast.Name)}  # fmt: skip
+    names = _named(operator)
     seen = []
     for dim in head_dims:
         if dim < 16 or dim & (dim - 1):
@@ -254,6 +259,10 @@ def compile_all(
     for name in operators:
         if name not in OPERATORS:
             raise InvalidInput("operators", repr(name), ", ".join(OPERATORS))
+    allowed = set().union(*(_named(operator) for operator in OPERATORS.values())) - {"D", "W"}
+    for name in values or {}:
+        if name not in allowed:
+            raise InvalidInput("values", repr(name), ", ".join(sorted(allowed)))
     wanted: dict[tuple, tuple] = {}
     for operator, arch, type in itertools.product([OPERATORS[n] for n in operators or OPERATORS], archs, types):
         for chosen in settings(operator, head_dims, values or {}):

@@ -19,6 +19,7 @@ from pathlib import Path
 from typing import Annotated
 
 import typer
+from rich.console import Console
 
 from fastar_backend.errors import FastarError, InvalidInput
 from plugins.aot import ARCHS, TYPES, numbers, pairs  # TYPES: in the order of csrc/table.h
@@ -216,7 +217,8 @@ def main(
 ) -> None:
     """Builds the library of TensorRT plugins."""
     try:
-        made = library(out, numbers(arch), type.split(","), numbers(head_dim), values=pairs(value or ()))
+        with Console().status("Compiling kernels, then C++: minutes, the first time"):
+            made = library(out, numbers(arch), type.split(","), numbers(head_dim), values=pairs(value or ()))
     except FastarError as error:
         raise SystemExit(f"error: {error}") from None
     print(made)

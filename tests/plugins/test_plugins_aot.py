@@ -115,8 +115,30 @@ def test_other_gpus_and_a_cache(tmp_path):
 @pytest.mark.slow  # minutes: all that can be compiled
 @pytest.mark.parametrize("arch", aot.ARCHS)
 def test_every_variant(arch, tmp_path):
-    done = apart("--out", str(tmp_path), "--arch", str(arch), "--head-dim", "32,64,128", "--type", "fp16,bf16",
-                 "--value", "density=0.25,0.3", "--value", "renew=true,false")  # fmt: skip
+    options = [
+        "--arch",
+        str(arch),
+        "--head-dim",
+        "32,64,128",
+        "--value",
+        "density=0.25,0.3",
+        "--value",
+        "renew=true,false",
+    ]
+    done = apart("--out", str(tmp_path), "--type", "fp16,bf16", *options)
+    assert done.returncode == 0, done.stderr
+    for kernel in aot.read(tmp_path):
+        check(kernel, tmp_path)
+
+
+@pytest.mark.slow  # minutes
+@pytest.mark.parametrize("arch", aot.ARCHS)
+def test_float32_where_it_fits(arch, tmp_path):
+    """Of the type for comparisons, 128 keys of 128 dimensions are more than a block may have on some."""
+    done = apart("--out", str(tmp_path), "--type", "fp32", "--arch", str(arch), "--head-dim", "128")
+    if aot.ARCHS[arch] < 100 * 1024:
+        assert re.search(r"^error: attend_sparse fp32 .*bytes of shared memory", done.stderr, re.MULTILINE)
+        done = apart("--out", str(tmp_path), "--type", "fp32", "--arch", str(arch), "--head-dim", "64")
     assert done.returncode == 0, done.stderr
     for kernel in aot.read(tmp_path):
         check(kernel, tmp_path)
@@ -187,6 +209,8 @@ def test_what_cannot_be_compiled_is_said(tmp_path):
         aot.own_type(operator, "int8")
     with pytest.raises(InvalidInput, match="operators: 'none'; allowed: attend, "):
         aot.compile_all(tmp_path, [90], ["fp16"], [64], operators=["none"])
+    with pytest.raises(InvalidInput, match="values: 'densty'; allowed: C, decay, density, "):
+        aot.compile_all(tmp_path, [90], ["fp16"], [64], values={"densty": [0.5]})
     with pytest.raises(InvalidInput, match="list: '90;80'"):
         aot.numbers("90;80")
     with pytest.raises(InvalidInput, match="values: 'density=x'"):
