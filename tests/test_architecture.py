@@ -16,6 +16,8 @@ LONGEST_FILE = 450  # lines
 EDGE = ROOT / "model_repository" / "fastar" / "1" / "model.py"
 PACKAGE = sorted((ROOT / "fastar_backend").rglob("*.py"))
 CLIENT = sorted((ROOT / "client" / "fastar_client").rglob("*.py"))
+PLUGINS = sorted((ROOT / "plugins").rglob("*.py"))
+RUNS = ("bindings", "engines", "ops", "qdp", "runner", "step", "table")  # of plugins: what serving or building imports
 CONTROLLER = sorted((ROOT / "k8s" / "controller" / "fastar_controller").rglob("*.py"))
 
 # What each part of the package may import of the package; the first prefix that fits a module counts.
@@ -83,7 +85,35 @@ def test_upward_imports_are_seen(module, source):
     assert forbidden(module, imports(source)) != []
 
 
-@pytest.mark.parametrize("path", [*PACKAGE, *CLIENT, EDGE], ids=module_of)
+def test_plugins_are_imported_only_where_an_engine_is_asked_for():
+    """The command's sub-commands by name, the runner by a setting; so a server without TensorRT never loads them."""
+    from fastar_backend.engine import runtime
+
+    found = {}
+    for path in PACKAGE:
+        if names := {name for name in imports(path.read_text()) if within(name, "plugins")}:
+            found[module_of(path)] = names
+    assert found == {"fastar_backend.cli": {"plugins.cli.app"}}
+    assert runtime.RUNNER == "plugins.runner"
+    assert (ROOT / "plugins" / "runner.py").exists()
+    heavy = "{'onnx', 'onnxruntime', 'tensorrt', 'plugins.runner', 'plugins.ops', 'plugins.table'}"
+    code = (
+        f"import sys, fastar_backend.cli, fastar_backend.engine.engine; print([m for m in {heavy} if m in sys.modules])"
+    )
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True, timeout=60)
+    assert done.stdout.strip() == "set()"
+
+
+@pytest.mark.parametrize("path", PLUGINS, ids=module_of)
+def test_plugins_find_tensorrt_when_they_need_it(path):
+    """Nothing imports it by name; ONNX is for exporting, not for running."""
+    outside = ["tensorrt", "tensorrt_bindings", "tensorrt_rtx", "tensorrt_rtx_bindings"]
+    if path.stem in RUNS:
+        outside += ["onnx", "onnxscript", "onnxruntime"]
+    assert not [name for name in imports(path.read_text(), module_of(path)) if name.split(".")[0] in outside]
+
+
+@pytest.mark.parametrize("path", [*PACKAGE, *CLIENT, *PLUGINS, EDGE], ids=module_of)
 def test_service_does_not_need_training_benchmarks_or_tests(path):
     outside = ["training", "benchmarks", "tests", "pytest", "k8s"]
     if "evaluation" not in path.parts and path.name != "plots.py":  # which measure: they are no part of the service
@@ -113,11 +143,12 @@ def test_the_edge_has_no_maths():
 CONTROLLER_MAY_IMPORT = {
     "placement": (),
     "scrape": (),
+    "move": (),
     "status": (),
     "api": (),
     "health": ("scrape",),
     "lease": ("api",),
-    "controller": ("api", "health", "lease", "placement", "scrape", "status"),
+    "controller": ("api", "health", "lease", "move", "placement", "scrape", "status"),
     "cli": ("",),
     "__main__": ("cli",),
     "__init__": (),
