@@ -48,7 +48,11 @@ def serve(
     metrics_port: Annotated[int, typer.Option(help="Prometheus metrics; 0 picks a free one.")] = 8002,
     admin_port: Annotated[
         int | None,
-        typer.Option(help="For a cluster's controller: POST /move?streams=N. No passwords.", show_default="none"),
+        typer.Option(
+            envvar="FASTAR_ADMIN_PORT",
+            help="For a cluster's controller: POST /move?streams=N. No passwords.",
+            show_default="none",
+        ),
     ] = None,
     world: Annotated[
         str, typer.Option(envvar="FASTAR_WORLD", help="A built-in world, or a folder with a world.json.")

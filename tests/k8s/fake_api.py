@@ -60,6 +60,8 @@ class Server(Served):
     def __init__(self, streams: int, slots: int) -> None:
         self.streams, self.slots, self.draining, self.silent = streams, slots, 0, False
         self.rates: collections.Counter[str] = collections.Counter()
+        self.asked: list[str] = []  # to send streams on
+        self.refuses = False
         outer = self
 
         class Handler(Quiet):
@@ -67,6 +69,10 @@ class Server(Served):
                 if self.path != "/metrics" or outer.silent:
                     return self.reply(500, b"", "text/plain")
                 return self.reply(200, outer.text().encode(), "text/plain; charset=utf-8")
+
+            def do_POST(self) -> None:
+                outer.asked.append(self.path)
+                self.reply(409 if outer.refuses else 202, b"", "text/plain")
 
         super().__init__(Handler)
 
@@ -121,6 +127,7 @@ class Api(Served):
     def add(self, name: str, port: int, ready: bool = True) -> None:
         """port: of its /metrics, on 127.0.0.1."""
         ports = [{"name": "grpc", "containerPort": 1}, {"name": "metrics", "containerPort": port}]
+        ports.append({"name": "admin", "containerPort": port})
         with self.lock:
             self.pods[name] = {
                 "apiVersion": "v1",

@@ -535,6 +535,13 @@ MISTAKES = [
         drop("NetworkPolicy", "triton-from-controller"),
     ),
     Mistake(
+        "viewers may move streams",
+        "only_the_controller_moves_streams",
+        lambda o: at(o, "NetworkPolicy", "triton", "spec", "ingress", 0, "ports").append(
+            {"protocol": "TCP", "port": "admin"}
+        ),
+    ),
+    Mistake(
         "one address for the open pods",
         "service_is_headless",
         drop("Service", "triton-open", "spec", "clusterIP"),

@@ -505,6 +505,16 @@ def allowed(fleet: Fleet, pod: str, direction: str, peer: str, port: str) -> boo
 
 
 @rule
+def only_the_controller_moves_streams(fleet: Fleet) -> Iterator[str]:
+    """The servers' admin port has no passwords."""
+    for item in fleet.of("NetworkPolicy"):
+        for entry in item["spec"].get("ingress", []):
+            others = peers(fleet, entry, "from") - {"stream-controller"}
+            if others and any(str(known["port"]) in ("admin", "8003") for known in entry.get("ports", [])):
+                yield f"NetworkPolicy {item['metadata']['name']}: {', '.join(sorted(others))} may move streams"
+
+
+@rule
 def network_is_closed(fleet: Fleet) -> Iterator[str]:
     closed = [item["spec"] for item in fleet.of("NetworkPolicy") if item["spec"]["podSelector"] == {}]
     if {"podSelector": {}, "policyTypes": ["Ingress", "Egress"]} not in closed:
@@ -530,7 +540,7 @@ def scraping_is_allowed(fleet: Fleet) -> Iterator[str]:
 def calls_are_allowed(fleet: Fleet) -> Iterator[str]:
     names = [name for name, _, _ in fleet.pods()]
     calls = [("gateway", "triton", "grpc"), ("triton", "otel-collector", "otlp-http"), ("triton", "redis", "redis")]
-    calls += [("stream-controller", "triton", "metrics")]
+    calls += [("stream-controller", "triton", "metrics"), ("stream-controller", "triton", "admin")]
     for source, target, port in calls:
         if not {source, target} <= set(names):
             continue

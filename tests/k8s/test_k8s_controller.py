@@ -87,6 +87,31 @@ def test_a_slow_pod_gets_no_new_streams_until_it_was_well_for_a_while():
         assert time.monotonic() - well > 0.4
 
 
+def test_a_slow_pod_sends_one_stream_on_and_then_waits():
+    with fleet((3, 4), (1, 4), (1, 4)) as (api, servers), controller(api, room=1, move_every=1.5) as process:
+        eventually(lambda: all(api.costs().values()))
+
+        def watch(*slow: int) -> None:
+            for index, server in enumerate(servers):
+                server.watch(11.0 if index in slow else 17.0, 10)
+
+        eventually(lambda: watch(0, 1) or servers[0].asked)
+        asked = time.monotonic()
+        assert api.opened() == {"triton-2"}
+        eventually(lambda: watch(0, 1) or len(servers[0].asked) == 2)
+        assert time.monotonic() - asked > 1.2
+        assert set(servers[0].asked) == {"/move?streams=1"}
+        assert servers[1].asked == [], "its only stream stays"
+        assert process.metric("moves_total") == 2
+        servers[0].refuses = True
+        eventually(lambda: watch(0, 1) or process.metric('errors_total{call="move"}') == 1)
+        servers[2].streams = 4
+        eventually(lambda: watch(0, 1) or api.costs()["triton-2"] == "400")
+        count, until = len(servers[0].asked), time.monotonic() + 1.8
+        eventually(lambda: watch(0, 1) or time.monotonic() > until)
+        assert len(servers[0].asked) == count, "nobody has a place for it"
+
+
 def test_one_leads_and_the_other_takes_over():
     with fleet((1, 2)) as (api, servers), controller(api) as first:
         eventually(lambda: api.costs() == {"triton-0": "100"})

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import random
 import subprocess
 import sys
@@ -10,7 +11,7 @@ import types
 import pytest
 from fake_api import CODE, Server
 from fastar_controller.health import Health, Limits, slowest_tenth
-from fastar_controller.placement import Pod, open_pods, room_wanted
+from fastar_controller.placement import Pod, open_pods, room_wanted, to_move
 from fastar_controller.scrape import Reading, ScrapeError, parse, scrape
 from fastar_controller.status import Status
 
@@ -63,6 +64,21 @@ def test_fullest_first_and_hysteresis():
     assert room_wanted(pods, 1) == 1
     assert open_pods([Pod("a", 2, 2), Pod("b", 0, 2, fit=False)], 1) == {"a"}, "rather full than unfit"
     assert room_wanted([Pod("x", 0, 200)], 8) == 20
+
+
+@pytest.mark.parametrize("seed", range(100))
+def test_laws_of_moving(seed):
+    source = random.Random(seed)
+    pods = [dataclasses.replace(pod, slow=not pod.fit and source.random() < 0.7) for pod in some_pods(source)]
+    opened = open_pods(pods, source.randint(1, 12))
+    names, by_name = to_move(pods, opened), {pod.name: pod for pod in pods}
+    chosen = [by_name[name] for name in names]
+    assert all(pod.slow and not pod.leaving and pod.streams > 1 for pod in chosen)
+    places = sum(pod.free for pod in pods if pod.name in opened and pod.fit)
+    able = [pod for pod in pods if pod.slow and not pod.leaving and pod.streams > 1]
+    assert len(names) == len(set(names)) == min(len(able), places), "each finds a place"
+    assert not chosen or min(p.streams for p in chosen) >= max((p.streams for p in able if p not in chosen), default=0)
+    assert to_move([dataclasses.replace(pod, slow=True, fit=False) for pod in pods], opened) == [], "all are slow"
 
 
 def readings(health: Health, rate_of, seconds: int, start: int = 0) -> list[bool]:

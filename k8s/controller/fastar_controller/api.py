@@ -18,13 +18,15 @@ MERGE = "application/merge-patch+json"
 
 @dataclasses.dataclass(frozen=True)
 class Found:
-    """A pod as the API server has it. url: its metrics, None while it has no address or is not ready."""
+    """A pod as the API server has it. url: its metrics; admin: its port for us; None while it has no address or is not
+    ready, or has no such port."""
 
     name: str
     url: str | None
     cost: str | None
     open: bool
     leaving: bool
+    admin: str | None = None
 
 
 def connect(address: str | None) -> client.ApiClient:
@@ -53,10 +55,11 @@ class Pods:
             meta = pod.metadata
             yield Found(
                 name=meta.name,
-                url=metrics_url(pod),
+                url=url_of(pod, "metrics", "/metrics"),
                 cost=(meta.annotations or {}).get(COST),
                 open=(meta.labels or {}).get(PLACEMENT) == "open",
                 leaving=meta.deletion_timestamp is not None,
+                admin=url_of(pod, "admin"),
             )
 
     def patch(self, name: str, cost: str | None, open_: bool | None) -> bool:
@@ -77,14 +80,14 @@ class Pods:
         return True
 
 
-def metrics_url(pod: client.V1Pod) -> str | None:
-    """Its container's port `metrics`, while the pod is ready."""
+def url_of(pod: client.V1Pod, name: str, path: str = "") -> str | None:
+    """Its container's port of that name, while the pod is ready."""
     ready = any(c.type == "Ready" and c.status == "True" for c in (pod.status.conditions or []))
-    ports = [port for container in pod.spec.containers for port in container.ports or [] if port.name == "metrics"]
+    ports = [port for container in pod.spec.containers for port in container.ports or [] if port.name == name]
     if not (ready and pod.status.pod_ip and ports):
         return None
     host = f"[{pod.status.pod_ip}]" if ":" in pod.status.pod_ip else pod.status.pod_ip
-    return f"http://{host}:{ports[0].container_port}/metrics"
+    return f"http://{host}:{ports[0].container_port}{path}"
 
 
 def reason(error: Exception) -> str:

@@ -32,6 +32,9 @@ def control(
     timeout: Annotated[float, typer.Option(help="Seconds that a server may take to answer.", min=0.05)] = 2.0,
     window: Annotated[float, typer.Option(help="Seconds over which frame rates are looked at.", min=0.1)] = 60.0,
     hold: Annotated[float, typer.Option(help="Seconds below the target until it closes a pod.", min=0)] = 30.0,
+    move_every: Annotated[
+        float, typer.Option(help="Seconds between two streams that a slow pod sends on; 0: none.", min=0)
+    ] = 120.0,
     misses: Annotated[int, typer.Option(help="Scrapes without an answer until a pod is closed.", min=1)] = 3,
     lease: Annotated[str, typer.Option(help="Name of the Lease.")] = "stream-controller",
     lease_seconds: Annotated[int, typer.Option(help="Until another may lead.", min=1)] = 15,
@@ -58,7 +61,7 @@ def control(
     pods = Pods(client, namespace, selector, max(2 * timeout, 5.0))
     leader.start()
     print(f"controls {selector} in {namespace}; /metrics on port {server.server_address[1]}", flush=True)
-    Controller(pods, leader, status, Settings(interval, timeout, room, limits)).run(stop)
+    Controller(pods, leader, status, Settings(interval, timeout, room, move_every, limits)).run(stop)
     leader.stop()
     server.shutdown()
 

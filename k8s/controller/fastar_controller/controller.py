@@ -10,7 +10,8 @@ import time
 from fastar_controller.api import ERRORS, Found, Pods, reason
 from fastar_controller.health import Health, Limits
 from fastar_controller.lease import Leader
-from fastar_controller.placement import Pod, deletion_cost, open_pods, room_wanted
+from fastar_controller.move import MoveError, move
+from fastar_controller.placement import Pod, deletion_cost, open_pods, room_wanted, to_move
 from fastar_controller.scrape import Reading, ScrapeError, scrape
 from fastar_controller.status import Status
 
@@ -20,11 +21,13 @@ SCRAPERS = 32  # at once
 
 @dataclasses.dataclass(frozen=True)
 class Settings:
-    """interval, timeout (of a scrape): seconds. room: free slots to keep open at least."""
+    """In seconds: interval, timeout (of a scrape), move_every (between two streams that a slow pod sends on; 0: none).
+    room: free slots to keep open at least."""
 
     interval: float = 5.0
     timeout: float = 2.0
     room: int = 8
+    move_every: float = 120.0
     limits: Limits = Limits()
 
 
@@ -32,6 +35,7 @@ class Controller:
     def __init__(self, pods: Pods, leader: Leader, status: Status, settings: Settings) -> None:
         self.pods, self.leader, self.status, self.settings = pods, leader, status, settings
         self.known: dict[str, Health] = {}
+        self.moved: dict[str, float] = {}  # pod -> when it was last asked to send a stream on, monotonic seconds
 
     def run(self, stop: threading.Event) -> None:
         """Until `stop`. After an error of the API server the pauses double, up to LONGEST_PAUSE."""
@@ -59,14 +63,16 @@ class Controller:
                 self.known[pod.name].miss()
             else:
                 self.known[pod.name].see(reading, time.monotonic(), self.settings.limits)
-        opened = self.decide(found)
+        pods = self.ready(found)
+        opened = open_pods(pods, room_wanted(pods, self.settings.room))
         for pod in found:
             self._write(pod, pod.name in opened if pod.url else None)
+        self._relieve(found, to_move(pods, opened))
         streams = sum(health.last.streams for health in self.known.values() if health.last)
         self.status.seen(len(opened), len(found) - len(opened), streams)
 
-    def decide(self, found: list[Found]) -> set[str]:
-        """Names of the pods that take new streams. One that has not answered yet counts as full."""
+    def ready(self, found: list[Found]) -> list[Pod]:
+        """What counts of them. One that has not answered yet counts as full."""
         pods = []
         for pod in found:
             health = self.known[pod.name]
@@ -75,8 +81,26 @@ class Controller:
             last = health.last or Reading(0, 0, False, {})
             leaving = pod.leaving or last.draining
             fit = health.fit(self.settings.limits) and not leaving
-            pods.append(Pod(pod.name, last.streams, last.slots, pod.open, fit, leaving))
-        return open_pods(pods, room_wanted(pods, self.settings.room))
+            slow = health.slow and health.missed == 0
+            pods.append(Pod(pod.name, last.streams, last.slots, pod.open, fit, leaving, slow))
+        return pods
+
+    def _relieve(self, found: list[Found], names: list[str]) -> None:
+        """Where the rates of the last window may show what the stream before has helped."""
+        now = time.monotonic()
+        self.moved = {pod.name: self.moved[pod.name] for pod in found if pod.name in self.moved}
+        for pod in found:
+            waited = now - self.moved.get(pod.name, float("-inf"))
+            if pod.name not in names or not pod.admin or not self.settings.move_every or not self.leader.leads:
+                continue
+            if waited < self.settings.move_every:
+                continue
+            self.moved[pod.name] = now
+            try:
+                move(pod.admin, 1, self.settings.timeout)
+                self.status.moved()
+            except MoveError as error:
+                self.status.error("move", str(error))
 
     def _ask(self, pod: Found) -> Reading | None:
         try:

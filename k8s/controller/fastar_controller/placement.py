@@ -1,4 +1,4 @@
-"""Which pods take new streams. Pure: no clock, no network; the simulator asks the same functions."""
+"""Which pods take new streams, and which give one away. Pure: no clock, no network; the simulator asks the first."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ class Pod:
     """What counts of one ready server.
 
     streams, slots: live, and how many it admits. open: takes new streams now. fit: answers, is not draining, and is not
-    below the frame rate. leaving: draining; it refuses streams.
+    below the frame rate. leaving: draining; it refuses streams. slow: below the frame rate.
     """
 
     name: str
@@ -23,6 +23,7 @@ class Pod:
     open: bool = True
     fit: bool = True
     leaving: bool = False
+    slow: bool = False
 
     @property
     def free(self) -> int:
@@ -55,3 +56,12 @@ def open_pods(pods: Iterable[Pod], room: int) -> set[str]:
             taken.add(pod.name)
             free += pod.free
     return taken or {p.name for p in pods if p.fit} or {p.name for p in pods if not p.leaving}
+
+
+def to_move(pods: Iterable[Pod], opened: set[str]) -> list[str]:
+    """Names of the pods that are to send one live stream on: those that are slow, the fullest first, as far as the pods
+    of `opened` that are fit have slots. A pod's only stream stays: it has the pod to itself, and would only wander."""
+    pods = list(pods)
+    free = sum(pod.free for pod in pods if pod.name in opened and pod.fit)
+    slow = [pod for pod in pods if pod.slow and not pod.leaving and pod.streams > 1]
+    return [pod.name for pod in sorted(slow, key=lambda pod: (-pod.streams, pod.name))][:free]

@@ -23,9 +23,10 @@ class Status:
         self._pods = of(Gauge, "pods", "Pods seen by the leader", ("placement",))
         self._streams = of(Gauge, "streams", "Live streams on them")
         self._patches = of(Counter, "patches", "Pods patched")
+        self._moves = of(Counter, "moves", "Streams that slow pods were asked to send on")
         self._errors = of(Counter, "errors", "Calls that failed", ("call",))
         self._leader = of(Gauge, "leader", "1 while this one leads")
-        for call in ("api", "lease", "scrape"):
+        for call in ("api", "lease", "move", "scrape"):
             self._errors.labels(call)
         self._alive = time.monotonic()
         self._said: dict[str, float] = {}
@@ -37,6 +38,9 @@ class Status:
 
     def patched(self) -> None:
         self._patches.inc()
+
+    def moved(self) -> None:
+        self._moves.inc()
 
     def led(self, leads: bool) -> None:
         self._leader.set(leads)
