@@ -278,6 +278,21 @@ def test_building_is_done_once_and_refuses_kindly(plugin_library, tmp_path, monk
         library(tmp_path, archs=[90], types=["fp16"], head_dims=[64])
 
 
+@pytest.mark.slow  # builds another library
+def test_float32_has_blocks_of_its_own(tmp_path):
+    made = Host(library(tmp_path, archs=[90], types=["fp32", "fp16"], head_dims=[64], operators=["block_means"]))
+    for kind, blocks in (("float32", 4), ("float16", 1)):
+        plugin = made.create("block_means")
+        assert plugin.types([kind, "int32"]) == [kind]
+        for each in (plugin, plugin.clone()):
+            assert each.shapes([(100, 3, 64), (3, 100)]) == [(3, blocks, 64)]
+            each.prepare([kind, "int32", kind], [(100, 3, 64), (3, 100), (3, blocks, 64)])
+            with pytest.raises(PluginError, match="^block_means: mean: not of the shape"):
+                each.prepare([kind, "int32", kind], [(100, 3, 64), (3, 100), (3, blocks + 1, 64)])
+    with pytest.raises(PluginError, match="^attend: query: type float16; allowed: none, as compiled"):
+        made.create("attend").types(["float16"] * 3 + ["float32", "int32"])
+
+
 def test_expressions_in_postfix():
     assert postfix("2 * C + cdiv(N, B) // 3", ["N", "B", "C"]) == [
         ("#", 2), ("$", 2), ("*", 0), ("$", 0), ("$", 1), ("^", 0), ("#", 3), ("/", 0), ("+", 0)]  # fmt: skip
