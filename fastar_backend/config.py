@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+import re
 from pathlib import Path
 from typing import Any, Literal
 
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator, model_validator
 
 from fastar_backend.errors import InvalidInput
+
+SECRET = re.compile(r"://[^/@\s]*@")  # user and password of a URL
 
 
 class Config(BaseModel):
@@ -30,7 +33,8 @@ def parse(kind: type[Config], values: Any, field: str) -> Any:
         allowed = (
             f"one of {known}" if first["type"] == "extra_forbidden" else first["msg"].removeprefix("Value error, ")
         )
-        raise InvalidInput(path, f"got {first['input']!r:.80}", allowed) from None
+        given = SECRET.sub("://***@", repr(first["input"]))  # also settings as a whole, where they do not go together
+        raise InvalidInput(path, f"got {given:.80}", allowed) from None
 
 
 class ModelConfig(Config):

@@ -11,9 +11,12 @@ import types
 import pytest
 from fake_api import CODE, Server
 from fastar_controller.health import Health, Limits, slowest_tenth
+from fastar_controller.move import MoveError, move
 from fastar_controller.placement import Pod, open_pods, room_wanted, to_move
 from fastar_controller.scrape import Reading, ScrapeError, parse, scrape
 from fastar_controller.status import Status
+
+from fastar_backend.serve.admin import Admin
 
 api = pytest.importorskip("fastar_controller.api")  # needs the package `kubernetes`
 loop = pytest.importorskip("fastar_controller.controller")
@@ -158,6 +161,19 @@ def test_what_is_read_and_what_is_not():
     for text in ("fastar_streams_active 1\n", "", "<html>", "fastar_streams_active one\n"):
         with pytest.raises(ValueError, match=r"."):
             parse(text)
+
+
+def test_a_server_understands_what_it_is_asked():
+    asked = []
+    admin = Admin("127.0.0.1", 0, asked.append)
+    url = f"http://127.0.0.1:{admin.port}"
+    move(url, 1, 2.0)
+    assert asked == [1]
+    with pytest.raises(MoveError, match="400"):
+        move(url, 201, 2.0)
+    admin.stop()
+    with pytest.raises(MoveError, match=url):
+        move(url, 1, 2.0)
 
 
 def test_who_lost_the_lease_writes_nothing_more():

@@ -67,6 +67,14 @@ def test_how_to_execute_reaches_the_model_process(precision, compiled):
     assert parse(ExecutionConfig, values, "execution") == ExecutionConfig()
 
 
+def test_errors_of_settings_do_not_show_a_stores_password():
+    values = {"snapshots": "redis://user:s3cret@127.0.0.1", "tls_key": "/a/key", "device": "cpu"}
+    with pytest.raises(InvalidInput, match="tls_key") as refused:
+        parse(ServeSettings, values, "serve")
+    assert "redis://***@127" in str(refused.value)
+    assert "s3cret" not in str(refused.value)
+
+
 def test_the_admin_port_answers_what_it_cannot_do():
     """No server runs; another has its port; its streams have nowhere to go."""
     server = serve.Server(ServeSettings(admin_port=0))
