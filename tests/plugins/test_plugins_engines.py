@@ -10,6 +10,7 @@ import subprocess
 import sys
 from pathlib import Path
 
+import numpy as np
 import pytest
 import random_world
 import torch
@@ -17,10 +18,13 @@ from typer.testing import CliRunner
 
 from fastar_backend.cli import app
 from fastar_backend.config import AttentionConfig
+from fastar_backend.engine.engine import StreamEngine, cache_shape
+from fastar_backend.engine.stream import ChunkRequest, StreamOptions
 from fastar_backend.errors import InvalidInput
 from fastar_backend.model.world import World, load_world
 from plugins import engines, pipeline
 from plugins.engines import BuildError, Place, Range
+from plugins.runner import EngineRuntime
 
 ROOT = Path(__file__).parents[2]
 DRIVER = Path(__file__).with_name("plugins_engine_driver.py")
@@ -81,6 +85,25 @@ def test_a_stream_becomes_engines(built, small_world):
     assert "fits random, fp16, tensorrt_rtx 1.7.1" in done.stdout
     done = CliRunner().invoke(app, ["engine", "check", str(built)])
     assert "was built for world random, and here it is doom" in str(done.exception)
+
+
+def test_the_graphs_that_were_built_make_a_streams_frames(built, small_world):
+    """The very files, run by an evaluator on the CPU in place of TensorRT; through merging."""
+    from plugins.evaluator import Evaluator
+
+    world = load_world(str(small_world), "cpu", torch.float16)
+    graphs = {name: Evaluator(built / "onnx" / f"{name}.onnx") for name in engines.read(built).graphs}
+    runtime = EngineRuntime(world, cache_shape(world), ATTENTION, graphs)
+    pair = StreamEngine(world, ATTENTION), StreamEngine(world, ATTENTION, runtime=runtime)
+    for engine in pair:
+        engine.open(1, "a dark maze", StreamOptions(seed=1, start="nothing"))
+    for chunk in range(5):
+        (a,), (b,) = (engine.step([ChunkRequest(1, ("forward",))]) for engine in pair)
+        if chunk < 3:  # nothing is merged before
+            assert np.abs(a.frames.astype(int) - b.frames).mean() < 0.5
+        for name in ("density", "cache_tokens", "text_tokens"):
+            assert getattr(b.stats, name) == pytest.approx(getattr(a.stats, name), rel=1e-3)
+    assert pair[1].streams[1].caches.merged > 0
 
 
 @pytest.fixture(scope="module")

@@ -265,3 +265,23 @@ def test_the_embedded_world(doom_world, merging):
         assert b.stats.density == pytest.approx(a.stats.density)
         assert b.stats.cache_tokens == pytest.approx(a.stats.cache_tokens)
     assert (graphs.streams[1].caches.merged > 0) == merging
+
+
+@pytest.mark.slow  # the export of all its layers takes half a minute, a chunk some seconds
+def test_the_embedded_world_from_its_onnx_files(doom_world, tmp_path):
+    """A rollout of 14 chunks: graphs as files, run by an evaluator, against the modules they were made of."""
+    pytest.importorskip("onnxruntime", reason="extra trt-test")
+    from plugins.evaluator import Evaluator
+    from plugins.export import export
+
+    attention = AttentionConfig(budget_frames=6, recent_frames=4)
+    eager = runtime(doom_world, attention)
+    files = export(doom_world, attention, tmp_path, list(eager.executors), "fp32")
+    graphs = {graph: Evaluator(path) for graph, path in files.items() if graph != "prompt"}
+    from_files = runner.EngineRuntime(doom_world, cache_shape(doom_world), attention, graphs)
+    pair = tuple(StreamEngine(doom_world, attention, runtime=each) for each in (eager, from_files))
+    for engine in pair:
+        engine.open(1, "a corridor with torches", StreamOptions(seed=3, start="nothing"))
+    for chunk in range(14):
+        advance(pair, 1, action="forward" if chunk % 3 else "turn_left")
+    assert pair[1].streams[1].caches.merged > 0
