@@ -11,7 +11,7 @@ from pathlib import Path
 
 import pytest
 from fastar_client.load import cli
-from scripted import ScriptedServer, threaded_server
+from scripted import BUSY, ScriptedServer, threaded_server
 
 COMMAND = [sys.executable, "-m", "fastar_client.load"]
 SMALL = {
@@ -35,6 +35,7 @@ def report(out: Path) -> dict:
     return json.loads((out / "report.json").read_text())
 
 
+@BUSY
 def test_an_slo_that_is_missed(tmp_path):
     with threaded_server(ScriptedServer(step_seconds=0.25)) as url:
         scenario = write(tmp_path / "s.json", action_seconds=None, slo={"p5_fps_share": 0.9})
@@ -159,6 +160,7 @@ class Crowded(ScriptedServer):
             self.open -= 1
 
 
+@BUSY
 def test_capacity(tmp_path, monkeypatch, capsys):
     """Of a server that has the time for three streams, and not for four."""
     with threaded_server(Crowded()) as url:

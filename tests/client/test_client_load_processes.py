@@ -13,7 +13,7 @@ import psutil
 import pytest
 from live import LiveServer
 from PIL import Image
-from scripted import threaded_server
+from scripted import BUSY, threaded_server
 from test_client_load_cli import COMMAND, report, run, write
 
 PERIOD = 0.2  # 4 frames at 20 FPS
@@ -26,6 +26,7 @@ def wait_for(condition, seconds: float = 20) -> None:
         time.sleep(0.02)
 
 
+@BUSY
 def test_a_test_that_is_passed(tmp_path):
     server = LiveServer(step_seconds=0.02)
     scenario = write(tmp_path / "s.json", disconnect_share=0.34)
@@ -111,6 +112,7 @@ def test_a_load_process_that_dies_is_told(tmp_path):
     assert any("in no figure" in line for line in found["warnings"])
 
 
+@BUSY
 def test_progress_on_a_terminal(tmp_path):
     pty = pytest.importorskip("pty")
     with threaded_server(LiveServer(step_seconds=0.02)) as url:

@@ -242,7 +242,7 @@ def test_what_a_snapshot_had_applied_is_told_after_a_resume(world, tmp_path):
 def test_resume_goes_on_where_it_was(world, tmp_path, after):
     service = make_service(world, tmp_path)
     client = Client(service)
-    client.open(seed=1, fps=30, encoding="raw")
+    client.open(seed=1, fps=10, encoding="raw")
     client.control(seed=9)
     client.chunk(("forward",))
     client.control(prompt="a round arena")  # received, not applied yet
@@ -472,7 +472,7 @@ def test_a_step_that_breaks_ends_its_streams_and_no_other(service, world, monkey
 
 def test_lateness_is_explained(service):
     client = Client(service)
-    client.open(fps=20.0)
+    client.open(fps=8.0)
     time.sleep(1.0)
     late = client.chunk().stats["late"]
     assert late["reason"] == "slow_reader"
