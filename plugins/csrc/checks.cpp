@@ -153,8 +153,8 @@ int32_t Plugin::checkTypes(std::vector<DataType> const& inputs) const
     return type;
 }
 
-// Values by symbol, of which block sizes are not set.
-std::vector<double> Plugin::checkShapes(Shapes const& inputs) const
+// Values by symbol, with the table's block sizes for `type`.
+std::vector<double> Plugin::checkShapes(Shapes const& inputs, int32_t type) const
 {
     for (std::size_t at = 0; at < inputs.size(); ++at)
     {
@@ -165,7 +165,7 @@ std::vector<double> Plugin::checkShapes(Shapes const& inputs) const
                 std::to_string(argument.dims.size()) + " [" + argument.text + "]");
         }
     }
-    std::vector<double> values = unknowns(mType);
+    std::vector<double> values = unknowns(type);
     for (std::size_t at = 0; at < values.size(); ++at)
     {
         Symbol const& symbol = mOperator.symbols[at];
@@ -257,7 +257,7 @@ Kernel const& Plugin::prepare(PluginTensorDesc const* in, int32_t nbInputs, Plug
         shapes.push_back(shapeOf(in[at].dims));
     }
     int32_t const type = checkTypes(types);
-    values = checkShapes(shapes);
+    values = checkShapes(shapes, type);
     Kernel const& kernel = choose(type, arch, values);
     for (std::size_t at = 0; at < values.size(); ++at)
     {

@@ -177,7 +177,7 @@ int32_t Plugin::getOutputShapes(DimsExprs const* inputs, int32_t nbInputs, DimsE
         {
             throw error(std::to_string(nbInputs) + " inputs", std::to_string(mOperator.inputs.size()));
         }
-        std::vector<double> const values = checkShapes(shapes);
+        std::vector<double> const values = checkShapes(shapes, mType);
         choose(mType, 0, values);
         Symbolic const symbolic{mOperator, inputs, values, builder};
         for (int32_t at = 0; at < nbOutputs; ++at)

@@ -32,6 +32,8 @@ class Fields
 {
 public:
     Fields(Operator const& op, std::vector<double> const& values);
+    Fields(Fields const&) = delete;
+    Fields& operator=(Fields const&) = delete;
     nvinfer1::PluginFieldCollection const* get() const
     {
         return &mCollection;
@@ -84,7 +86,7 @@ private:
 
     // Each throws std::invalid_argument, which names operator, argument, what it is, and what is allowed.
     int32_t checkTypes(std::vector<nvinfer1::DataType> const& inputs) const;
-    std::vector<double> checkShapes(Shapes const& inputs) const;
+    std::vector<double> checkShapes(Shapes const& inputs, int32_t type) const;
     Kernel const& choose(int32_t type, int32_t arch, std::vector<double> const& values) const;
     Kernel const& prepare(nvinfer1::PluginTensorDesc const* in, int32_t nbInputs,
         nvinfer1::PluginTensorDesc const* out, int32_t nbOutputs, int32_t arch, std::vector<double>& values) const;

@@ -280,7 +280,13 @@ def test_building_is_done_once_and_refuses_kindly(plugin_library, tmp_path, monk
 
 @pytest.mark.slow  # builds another library
 def test_float32_has_blocks_of_its_own(tmp_path):
-    made = Host(library(tmp_path, archs=[90], types=["fp32", "fp16"], head_dims=[64], operators=["block_means"]))
+    made = Host(library(tmp_path, archs=[90], types=["fp32", "fp16"], head_dims=[64],
+                        operators=["block_means", "attend_sparse"]))  # fmt: skip
+    kinds = ["float32"] * 4 + ["int32"] * 3 + ["float32"]
+    sizes = [(100, 3, 64), (3, 256, 64), (3, 256, 64), (3, 256), (3, 100), (3, 4), (3, 4, 2), (100, 3, 64)]
+    made.create("attend_sparse", runtime=True).prepare(kinds, sizes)  # which was not asked for types before
+    with pytest.raises(PluginError, match="^attend_sparse: counts: dimension 1 is 4; allowed: 1, for"):
+        made.create("attend_sparse", runtime=True).prepare(["float16"] * 3 + kinds[3:7] + ["float16"], sizes)
     for kind, blocks in (("float32", 4), ("float16", 1)):
         plugin = made.create("block_means")
         assert plugin.types([kind, "int32"]) == [kind]
