@@ -11,6 +11,7 @@ import dataclasses
 import hashlib
 import importlib
 import json
+import sys
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -83,6 +84,8 @@ class Metadata:
     def parse(cls, values: dict[str, Any]) -> Metadata:
         """Raises TypeError, KeyError, ValueError, AttributeError where something is missing or unknown."""
         place, ranges = Place(**values["place"]), {k: Range(**v) for k, v in values["ranges"].items()}
+        if values["precision"] not in TYPES.values():
+            raise ValueError(f"precision {values['precision']!r:.40}")
         return cls(**(values | {"place": place, "ranges": ranges}))
 
 
@@ -103,6 +106,8 @@ def tensorrt(field: str, wanted: Sequence[str] = ()) -> Any:
 
 def with_plugin(trt: Any) -> Any:
     """The module with its `plugin` (quick deployable plugins) loaded, if it has any."""
+    if trt.__name__ == "tensorrt_bindings":  # whose plugin module imports it by the name of the package around it
+        sys.modules.setdefault("tensorrt", trt)
     with contextlib.suppress(ImportError):
         importlib.import_module(f"{trt.__name__}.plugin")
     return trt

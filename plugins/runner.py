@@ -202,6 +202,13 @@ class TensorRTExecutor:
         return self.contexts[shapes]
 
 
+def engine_dtype(folder: Path) -> torch.dtype:
+    """Raises InvalidInput where TensorRT is missing or `folder` has no engine."""
+    engines.tensorrt("runtime")
+    precision = engines.read(folder).precision
+    return next(dtype for dtype, name in engines.TYPES.items() if name == precision)
+
+
 def load(world: World, shape: CacheShape, attention: AttentionConfig, folder: Path) -> EngineRuntime:
     """The engine in `folder`. world: as loaded, not tuned. Raises InvalidInput where TensorRT is missing or the engine
     is another world's, GPU's, TensorRT's or attention's."""

@@ -23,7 +23,7 @@ from fastar_backend.config import AttentionConfig, ExecutionConfig
 from fastar_backend.engine.checks import check_attention, check_device, check_memory
 from fastar_backend.engine.graphs import Recorder, StreamGraphs, recorder_for
 from fastar_backend.engine.reuse import Reuse
-from fastar_backend.engine.runtime import Runtime, TorchRuntime, make_runtime
+from fastar_backend.engine.runtime import Runtime, TorchRuntime, engine_dtype, make_runtime
 from fastar_backend.engine.snapshot import Snapshot, fingerprint
 from fastar_backend.engine.stream import Chunk, ChunkRequest, ChunkStats, Stream, StreamOptions
 from fastar_backend.errors import AtCapacity, FastarError, InvalidInput, SnapshotError, UnknownStream
@@ -67,13 +67,13 @@ class StreamEngine:
     def load(cls, world: str = "doom", device: str = "cpu", attention: AttentionConfig | None = None,
              max_streams: int = 8, dtype: torch.dtype | None = None, *, deterministic: bool = False,
              execution: ExecutionConfig | None = None) -> StreamEngine:  # fmt: skip
-        """world: an embedded world's name or a folder. dtype: None is the world's own. Raises WeightsError,
-        InvalidInput."""
+        """world: an embedded world's name or a folder. dtype: None is the world's own, or a TensorRT
+        engine's. Raises WeightsError, InvalidInput."""
         check_device(device)
         if torch.device(device).type == "cuda":
             torch.backends.cudnn.benchmark = True  # all of a world's convolutions have one shape
-        loaded, execution = load_world(world, device, dtype), execution or ExecutionConfig()
-        attention = attention or AttentionConfig()
+        execution, attention = execution or ExecutionConfig(), attention or AttentionConfig()
+        loaded = load_world(world, device, dtype or engine_dtype(execution))
         runtime = make_runtime(loaded, cache_shape(loaded), attention, execution)
         tune(loaded, execution)
         engine = cls(

@@ -6,6 +6,7 @@ output. Merging and turning are the caches' own (`Caches.begin`, `Caches.commit`
 from __future__ import annotations
 
 import importlib
+from types import ModuleType
 from typing import TYPE_CHECKING, Protocol
 
 import torch
@@ -72,9 +73,17 @@ def make_runtime(world: World, shape: CacheShape, attention: AttentionConfig, ex
     """world: as loaded, not tuned. Raises InvalidInput where TensorRT, or an engine that fits, is missing."""
     if execution.runtime == "torch":
         return TorchRuntime(world, shape)
+    return _runner().load(world, shape, attention, execution.engine_dir)
+
+
+def engine_dtype(execution: ExecutionConfig) -> torch.dtype | None:
+    """In which a world has to be loaded; None: its own. Raises InvalidInput as `make_runtime`."""
+    return None if execution.runtime == "torch" else _runner().engine_dtype(execution.engine_dir)
+
+
+def _runner() -> ModuleType:
     try:
-        runner = importlib.import_module(RUNNER)
+        return importlib.import_module(RUNNER)
     except ModuleNotFoundError as error:
         problem = f"tensorrt needs the module {error.name}, which is not installed here"
         raise InvalidInput("runtime", problem, "torch, or an installation of this project with its plugins") from None
-    return runner.load(world, shape, attention, execution.engine_dir)

@@ -30,7 +30,7 @@ _Bool initLibNvInferPlugins(void* log, char const* name) { return 1; }
 
 
 def bindings(folder: Path) -> Any:
-    """The module of TensorRT's bindings, also under the name `tensorrt`."""
+    """The module of TensorRT's bindings."""
     lean = Path(importlib.util.find_spec("tensorrt_lean_libs").origin).parent
     (folder / "missing.c").write_text(MISSING)
     for name in ("libnvinfer", "libnvinfer_plugin", "libnvonnxparser"):
@@ -41,11 +41,9 @@ def bindings(folder: Path) -> Any:
         ctypes.CDLL(f"{folder}/{name}.so.11")
     import tensorrt_bindings
 
-    sys.modules["tensorrt"] = tensorrt_bindings
-    import tensorrt_bindings.plugin
+    from plugins import engines
 
-    sys.modules["tensorrt.plugin"] = tensorrt_bindings.plugin
-    return tensorrt_bindings
+    return engines.with_plugin(tensorrt_bindings)
 
 
 class Number:

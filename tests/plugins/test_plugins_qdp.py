@@ -20,12 +20,18 @@ DRIVER = Path(__file__).parent / "plugins_qdp_driver.py"
 NAMES = {"fp16": "HALF", "bf16": "BF16", "fp32": "FLOAT"}
 TYPES = list(NAMES)
 COMPILED = "append"  # the one whose kernel is compiled here; tests of the compiler have the others
-ATTRIBUTES = {"row": 3, "stride": 2, "own": 24, "decay": 0.75, "renew": False, "density": 0.3, "bits": 5}
 
 needs_bindings = pytest.mark.skipif(
     not all(importlib.util.find_spec(name) for name in ("tensorrt_bindings", "tensorrt_lean_libs")),
     reason="needs tensorrt-cu13-bindings and tensorrt-lean-cu13-libs: the extra trt-test",
 )
+
+
+def changed(default: float) -> float:
+    """Another value of an attribute."""
+    if isinstance(default, bool):
+        return not default
+    return default + 4 if isinstance(default, int) else default * 0.75
 
 
 def case_of(operator: Operator, type: str, seed: int) -> dict:
@@ -34,7 +40,7 @@ def case_of(operator: Operator, type: str, seed: int) -> dict:
     sizes = {symbol: draw.randrange(2, 200) for symbol in operator.bindings()}
     sizes |= {"D": 64, "W": 16, "C": 11, "R": 128 * draw.randrange(1, 9)} | operator.tiles(type == "fp32")
     shapes = [[evaluate(dim, sizes) for dim in argument.dims] for argument in operator.inputs]
-    attributes = {name: ATTRIBUTES[name] for name in operator.attributes}
+    attributes = {name: changed(value) for name, value in operator.attributes.items()}
     dynamic = [dim for argument in operator.inputs for dim in argument.dims if dim not in ("D", "W", "C", "D//4")]
     return {"operator": operator.name, "type": type, "shapes": shapes, "attributes": attributes, "dynamic": dynamic,
             "compile": operator.name == COMPILED and type == "fp16"}  # fmt: skip

@@ -189,6 +189,27 @@ def test_without_tensorrt_the_setting_is_named(world, monkeypatch, tmp_path):
         make_runtime(world, cache_shape(world), DENSE, execution)
 
 
+def test_a_world_is_loaded_in_its_engines_type(world, tiny_world, monkeypatch, tmp_path):
+    """Before anything else is asked of the engine."""
+    place = engines.Place("tensorrt", "10", "a GPU", "9.0")
+    engines.write(tmp_path, place, "qdp", world, DENSE, "bf16", {}, [])
+    seen = []
+
+    def load(world, shape, attention, folder):
+        seen.append((shape.dtype, folder))
+        return TorchRuntime(world, shape)
+
+    monkeypatch.setattr(engines, "tensorrt", lambda field: types.ModuleType("tensorrt"))
+    monkeypatch.setattr(runner, "load", load)
+    execution = ExecutionConfig(runtime="tensorrt", engine_dir=tmp_path)
+    engine = StreamEngine.load(str(tiny_world), attention=DENSE, execution=execution)
+    assert seen == [(torch.bfloat16, tmp_path)]
+    assert engine.dtype == torch.bfloat16
+    (tmp_path / engines.METADATA).write_text("{}")
+    with pytest.raises(InvalidInput, match="engine_dir: "):
+        StreamEngine.load(str(tiny_world), attention=DENSE, execution=execution)
+
+
 def test_an_engine_needs_a_gpu(world, monkeypatch, tmp_path):
     monkeypatch.setattr(engines, "tensorrt", lambda field: types.ModuleType("tensorrt"))
     with pytest.raises(InvalidInput, match="device: got cpu; allowed: cuda where runtime is tensorrt"):
