@@ -15,6 +15,7 @@ from fastar_backend.errors import InvalidInput
 from fastar_backend.model.world import World, load_world
 from plugins import engines, step
 from plugins.engines import Metadata, Progress, Range
+from plugins.runner import plan_for
 
 DTYPES = {name: dtype for dtype, name in engines.TYPES.items()}
 PLUGINS = ("auto", "qdp", "library")
@@ -32,8 +33,8 @@ def precision_of(world: World) -> str:
 
 
 def plan_of(world: World, attention: AttentionConfig) -> step.Plan:
-    """Raises InvalidInput for what the graphs do not know."""
-    return step.plan(world.config, attention, world.dit.head.head.weight.dtype)
+    """Raises InvalidInput for what an engine's streams cannot be."""
+    return plan_for(world, attention, world.dit.head.head.weight.dtype)
 
 
 def ranges_of(plan: step.Plan, batch: int = 1) -> dict[str, Range]:

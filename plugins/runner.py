@@ -95,6 +95,13 @@ class EngineCaches(FlatCaches):
         return counts.sum() * (-(-chunk // queries) * queries * KEY_BLOCK / self.shape.heads)
 
 
+def plan_for(world: World, attention: AttentionConfig, dtype: torch.dtype) -> step.Plan:
+    """Of a stream that can be run here. Raises InvalidInput for what the graphs, or their statistics, do not know."""
+    if attention.select_text:  # how many tokens it keeps stays within the graph
+        raise InvalidInput("attention.select_text", "got True", "False where TensorRT runs the stream")
+    return step.plan(world.config, attention, dtype)
+
+
 class EngineRuntime:
     """Streams are run one by one: the caches of each lie where they lie."""
 
@@ -102,7 +109,7 @@ class EngineRuntime:
                  ) -> None:  # fmt: skip
         """executors: of all `step.Plan.graphs` but the prompt's. Raises InvalidInput."""
         self.shape, self.attention = shape, attention
-        self.plan = step.plan(world.config, attention, shape.dtype)
+        self.plan = plan_for(world, attention, shape.dtype)
         missing = [graph for graph in self.plan.graphs if graph not in executors and graph != "prompt"]
         if missing:
             raise InvalidInput("engine_dir", f"has no {', '.join(missing)}", "an engine of `fastar engine build`")
@@ -217,7 +224,7 @@ def load(world: World, shape: CacheShape, attention: AttentionConfig, folder: Pa
         raise InvalidInput("device", f"got {shape.device}", "cuda where runtime is tensorrt")
     metadata = engines.read(folder)
     engines.check(metadata, folder, engines.here(trt), world, attention, shape.dtype)
-    plan = step.plan(world.config, attention, shape.dtype)
+    plan = plan_for(world, attention, shape.dtype)
     loaded = engines.deserialize(trt, folder, metadata)
     executors = {graph: TensorRTExecutor(engine, step.bindings(plan, graph), graph) for graph, engine in loaded.items()}
     return EngineRuntime(world, shape, attention, executors)

@@ -61,7 +61,7 @@ def world(tmp_path_factory) -> World:
 
 
 def runtime(world: World, attention: AttentionConfig) -> runner.EngineRuntime:
-    plan = step.plan(world.config, attention, torch.float32)
+    plan = runner.plan_for(world, attention, torch.float32)
     executors = {graph: EagerExecutor(plan, world.dit, graph) for graph in plan.graphs}
     return runner.EngineRuntime(world, cache_shape(world), attention, executors)
 
@@ -172,6 +172,8 @@ def test_what_an_engine_was_not_built_for_is_refused_by_name(world):
         StreamEngine(world, CONFIGS["window"], runtime=runtime(world, DENSE))
     with pytest.raises(InvalidInput, match=r"attention\.guard: got observe; allowed: off"):
         runtime(world, DENSE.model_copy(update={"guard": "observe", "sparse_density": 0.5}))
+    with pytest.raises(InvalidInput, match=r"attention\.select_text: got True; allowed: False where TensorRT"):
+        runtime(world, DENSE.model_copy(update={"select_text": True}))
     with pytest.raises(InvalidInput, match="engine_dir: has no begin; allowed"):
         runner.EngineRuntime(world, cache_shape(world), DENSE, {"denoise": None, "write": None, "update": None})
 
