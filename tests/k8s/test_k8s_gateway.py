@@ -7,8 +7,10 @@ import concurrent.futures
 import contextlib
 import secrets
 import threading
+import time
 import urllib.error
 import urllib.request
+from collections.abc import Iterator
 
 import grpc
 import policy
@@ -82,23 +84,31 @@ def test_a_stream_comes_back_to_its_server(channel):
     assert len(set(first.values())) == 3
 
 
-def test_calls_without_an_id_go_where_there_is_room(channel):
-    """Twelve live streams at a time, on three servers: four each."""
-    stop, calls = threading.Event(), []
+@contextlib.contextmanager
+def live_calls(channel: grpc.Channel, count: int) -> Iterator[list[str]]:
+    """Opens so many streams one after the other; the names of their servers."""
+    stop, calls, names = threading.Event(), [], []
 
     def messages():
         yield b"1"
         stop.wait(20)
 
     try:
-        for _ in range(12):
+        for _ in range(count):
             calls.append(channel.stream_stream(STREAM)(messages(), timeout=30))
-            calls[-1].name = next(calls[-1]).decode()  # it is there before the next one comes
-        assert collections.Counter(call.name for call in calls) == {f"triton-{index}": 4 for index in range(3)}
+            names.append(next(calls[-1]).decode())  # it is there before the next one comes
+        yield names
     finally:
         stop.set()
         for call in calls:
-            list(call)
+            with contextlib.suppress(grpc.RpcError):  # its server may be gone
+                list(call)
+
+
+def test_calls_without_an_id_go_where_there_is_room(channel):
+    """Twelve live streams at a time, on three servers: four each."""
+    with live_calls(channel, 12) as names:
+        assert collections.Counter(names) == {f"triton-{index}": 4 for index in range(3)}
 
 
 def test_a_pin_comes_before_the_hash(channel):
@@ -146,10 +156,25 @@ def test_calls_pass_over_a_server_that_has_just_gone(servers, tmp_path):
             name, pin = "", ""
             while name != gone.name:
                 name, pin = ask(channel, stream=secrets.token_hex(8))
-            gone.stop()
-            names = [ask(channel)[0] for _ in range(12)]
-            names += [ask(channel, stream=secrets.token_hex(8), pod=pin)[0] for _ in range(12)]
-            assert gone.name not in names
+            with live_calls(channel, 8):
+                gone.stop()
+                names = [ask(channel)[0] for _ in range(12)]
+                names += [ask(channel, stream=secrets.token_hex(8), pod=pin)[0] for _ in range(12)]
+                assert gone.name not in names
+
+
+def test_the_last_server_gets_all_calls(servers, tmp_path):
+    """Though it has the most, and nearly all others are gone."""
+    gone = [Server(f"gone-{index}") for index in range(3)]
+    with gateway(tmp_path, [server.port for server in (servers[1], *gone)]) as running:
+        running.wait_for(4)
+        for server in gone:
+            server.stop()
+        running.wait_for(1)
+        time.sleep(1.2)  # Envoy's workers hear of changes once a second
+        with grpc.insecure_channel(running.url) as channel, live_calls(channel, 4):
+            assert {ask(channel)[0] for _ in range(8)} == {servers[1].name}
+            assert {ask(channel, stream=secrets.token_hex(8))[0] for _ in range(8)} == {servers[1].name}
 
 
 def test_a_lost_server_moves_its_streams_and_no_others(running, channel, servers):
