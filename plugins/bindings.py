@@ -84,7 +84,13 @@ def _check(shape: CacheShape, attention: AttentionConfig) -> None:
     chunk, dim = shape.chunk_frames, shape.head_dim
     if dim < 32 or dim & (dim - 1):
         raise InvalidInput("world.model.head_dim", f"got {dim}", "a power of two, at least 32")
-    allowed = {"kind": ("fastar", "window"), "guard": ("off",), "select_text": (False,)}
+    allowed = {"kind": ("fastar", "window"), "guard": ("off",)}
+    if attention.select_text:
+        allowed |= {"index": ("exact", "quantised")}
+        if attention.text_mass is None:
+            raise InvalidInput(
+                "attention.text_mass", "got None", "a share of the mass: no graph knows AnnCA by buckets"
+            )
     if attention.kind == "fastar":
         allowed |= {"weight": ("count",), "representative": ("last",), "match": ("key",)}
         allowed |= {"index": ("exact", "quantised")}

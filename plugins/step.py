@@ -154,9 +154,7 @@ class Layer(Graph):
             return _streams(self.attend(_grouped(query), _grouped(key), _grouped(value), given, made), streams)
 
         def cross(query: Tensor) -> Tensor:
-            text = (given["text_keys"], given["text_values"], given["text_count"])
-            first = torch.zeros_like(given["first"])  # what has no token counts for nothing
-            return _streams(torch.ops.fastar.attend(_grouped(query), *text, first), streams)
+            return _streams(self.cross(_grouped(query), given), streams)
 
         return made | {"next": self.block(given["x"], given["e6"], space, attend, cross)}
 
@@ -183,6 +181,16 @@ class Layer(Graph):
             sampled, keys, given["count"], lse, given["usage"], row, stride=stride, own=own, decay=USAGE_DECAY
         )
         return out
+
+    def cross(self, query: Tensor, given: dict[str, Tensor]) -> Tensor:
+        """`TextCache.attend`, also where AnnCA chooses by mass."""
+        fastar, config = torch.ops.fastar, self.plan.attention
+        keys, values, count = (given[f"text_{name}"] for name in ("keys", "values", "count"))
+        if config.select_text:
+            mass = fastar.text_mass(query, keys, count, quantised=config.index == "quantised")
+            keys, values, count = fastar.condense_text(mass, keys, values, count, share=config.text_mass)
+        first = torch.zeros_like(given["first"])  # what has no token counts for nothing
+        return fastar.attend(query, keys, values, count, first)
 
     def attend_sparse(self, query: Tensor, keys: Tensor, values: Tensor, count: Tensor, row: Tensor) -> Tensor:
         fastar, config = torch.ops.fastar, self.plan.attention

@@ -21,7 +21,8 @@ from plugins import step
 
 # Merging begins with the third chunk; the memory, of 40 tokens, is full two chunks later.
 ATTENTION = AttentionConfig(budget_frames=6, recent_frames=4, merge_threshold=0.5, fold_threshold=0.2)
-SPARSE = ATTENTION.model_copy(update={"sparse_density": 0.5, "dense_steps": 0.4})
+# Five key blocks, of which a stream that has begun to merge holds three: the chunk's own, and one of the other two.
+SPARSE = ATTENTION.model_copy(update={"budget_frames": 24, "sparse_density": 0.3, "dense_steps": 0.4})
 LAYER = ("keys", "values", "count", "first", "origin", "usage")
 
 

@@ -7,24 +7,36 @@ import torch
 from plugins_eager import EagerExecutor
 from plugins_streams import ATTENTION, SPARSE, begin, by_kernels, make_world, merge, run_pass, text_of
 
+from fastar_backend.attention import flat_cache
+from fastar_backend.attention.cache import by_place
 from fastar_backend.attention.flat_cache import FlatCaches
+from fastar_backend.attention.flat_select import select
 from fastar_backend.config import AttentionConfig
 from fastar_backend.errors import InvalidInput
 from fastar_backend.kernels import ops as kernels
 from plugins import step
 
-CHUNKS = 6
+CHUNKS, RING = 6, 3
 CONFIGS = {
     "dense": ATTENTION,
     "near": SPARSE,
-    "alike": SPARSE.model_copy(update={"sparse_order": "bucket", "merge_early": True, "sink_frames": 2,
-                                       "budget_frames": 8, "fold_threshold": 1.0}),
+    "alike": SPARSE.model_copy(update={
+        "sparse_order": "bucket", "merge_early": True, "sink_frames": 2, "budget_frames": 26, "fold_threshold": 1.0,
+        "select_text": True, "text_mass": 0.7,
+    }),
 }  # fmt: skip
 
 
 @pytest.fixture(scope="module")
 def world(tmp_path_factory):
     return make_world(tmp_path_factory.mktemp("world") / "graphs", layers=1)
+
+
+@pytest.fixture(autouse=True)
+def _sampled(monkeypatch):
+    """Every second query measures what is used."""
+    for module in (step, flat_cache):
+        monkeypatch.setattr(module, "SAMPLED_QUERIES", 20)
 
 
 @pytest.fixture(autouse=True)
@@ -57,6 +69,7 @@ def test_graphs_are_the_path_by_kernels(world, name):
     plan = step.plan(world.config, attention)
     executors = {graph: EagerExecutor(plan, world.dit, graph) for graph in (*plan.graphs, "write")}
     model, sparse = world.config.model, name != "dense"
+    size = plan.shape.frame_tokens
     latents = plan.shape.chunk_frames, model.latent_channels, model.latent_height, model.latent_width
     texts = [text_of(world, prompt, attention) for prompt in ("a dark maze", "round")]
     caches = [FlatCaches(plan.shape, attention, model.layers) for _ in texts]
@@ -87,14 +100,41 @@ def test_graphs_are_the_path_by_kernels(world, name):
             copy_state(one, twin)
             twin.merge()
         for number, one in enumerate(mine):
+            if index == RING - 1 and not checked:  # the first to be merged, into a free memory
+                theirs.append(one.fork())
+                theirs[-1].merge()
             merge(executors, one)
             one.took()
-            if checked:
+            if theirs:
                 close(one, theirs[number], f"merge {index}")
     first, held = caches[0].first, caches[0].count[:, : plan.caches.slots]
-    assert caches[0].merged > 0
-    assert (first < plan.caches.slots // 2).all(), "the memory must have been filled"
-    assert (held > 1).any()
+    assert sparse or (first < size).all(), "the memory must have been filled"
+    assert name == "near" or (held > 1).any(), "and tokens merged"
+
+
+@pytest.mark.parametrize("order", ["place", "bucket"])
+def test_the_blocks_chosen_are_the_paths(world, order, monkeypatch):
+    """Of many, two streams in one batch; the same key blocks for the same blocks of queries."""
+    attention = SPARSE.model_copy(update={"sparse_order": order})
+    plan, rows, dim = step.plan(world.config, attention), 9 * 128, world.config.model.head_dim
+    shape, heads = plan.shape, world.config.model.heads
+    query, keys = torch.randn(shape.chunk_tokens, 2 * heads, dim), torch.randn(2 * heads, rows, dim)
+    count = torch.randint(1, 4, (2 * heads, rows)).float()
+    count[:, :300] = 0
+    start = torch.tensor([500, 1000], dtype=torch.int32)
+    taken = []
+    monkeypatch.setattr(torch.ops.fastar, "attend_sparse", lambda *given: taken.extend(given[4:]))
+    layer = step.make(plan, world.dit, "denoise_sparse").layers[0]
+    layer.attend_sparse(query, keys, torch.zeros_like(keys), count, start)
+    for stream, first in enumerate(start.tolist()):
+        part, own = slice(stream * heads, (stream + 1) * heads), slice(first, first + shape.chunk_tokens)
+        order, counts, blocks = select(query[:, part], keys[part], count[part], own, rows, attention, by_place(shape))
+        mine = [tensor[part] for tensor in taken]
+        assert torch.equal(mine[0], order)
+        assert torch.equal(mine[1], counts)
+        assert 1 < counts.min() <= counts.max() < 6, "neither all nor the chunk's own alone"
+        for a, b, size in zip(mine[2].flatten(0, 1), blocks.flatten(0, 1), counts.flatten().tolist(), strict=True):
+            assert set(a[:size].tolist()) == set(b[:size].tolist())
 
 
 def test_pass_of_a_window(world):
@@ -124,7 +164,7 @@ def test_pass_of_a_window(world):
         ("attention.kind", {"kind": "dense"}),
         ("attention.kind", {"kind": "flowcache"}),
         ("attention.guard", {"guard": "observe"}),
-        ("attention.select_text", {"select_text": True}),
+        ("attention.text_mass", {"select_text": True, "text_mass": None}),
         ("attention.index", {"index": "lsh"}),
         ("attention.match", {"match": "query"}),
         ("attention.weight", {"weight": "none"}),
