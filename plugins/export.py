@@ -36,6 +36,8 @@ from plugins.table import OPERATORS, Operator, evaluate, table_hash
 DOMAIN, VERSION = "fastar", 1
 OPSET, IR_VERSION = 20, 10  # the first opset with Gelu; both known to TensorRT 10
 TYPES = {"fp16": torch.float16, "bf16": torch.bfloat16, "fp32": torch.float32}
+ELEMENT = {torch.float32: TensorProto.FLOAT, torch.float16: TensorProto.FLOAT16, torch.bfloat16: TensorProto.BFLOAT16,
+           torch.int32: TensorProto.INT32}  # fmt: skip
 WEIGHTS = "weights.bin"
 INLINE_BYTES = 1 << 10  # larger weights go into WEIGHTS,
 ALIGNED = 1 << 12  # each at a multiple of
@@ -117,10 +119,6 @@ class _Weights:
         return proto
 
 
-ELEMENT = {torch.float32: TensorProto.FLOAT, torch.float16: TensorProto.FLOAT16, torch.bfloat16: TensorProto.BFLOAT16,
-           torch.int32: TensorProto.INT32}  # fmt: skip
-
-
 def to_onnx(module: step.Graph, weights: _Weights, traced: dict[str, GraphProto]) -> ModelProto:
     """The whole graph; its weights go to `weights`, and what had to be traced to `traced`, by `Graph.kind`."""
     whole = GraphProto(name=module.kind)
@@ -142,11 +140,13 @@ def to_onnx(module: step.Graph, weights: _Weights, traced: dict[str, GraphProto]
                 whole.initializer.append(weights.proto(shared[key], tensor))
             names[value.name] = shared[key]
         for constant in graph.initializer:
-            key = constant.data_type, *constant.dims, constant.raw_data
+            copy = TensorProto()
+            copy.CopyFrom(constant)
+            copy.ClearField("name")
+            key = copy.SerializeToString(deterministic=True)
             if key not in shared:
-                shared[key] = f"{label}{constant.name}"
-                whole.initializer.add().CopyFrom(constant)
-                whole.initializer[-1].name = shared[key]
+                copy.name = shared[key] = f"{label}{constant.name}"
+                whole.initializer.append(copy)
             names[constant.name] = shared[key]
         for node in graph.node:
             copy = whole.node.add()
@@ -192,15 +192,13 @@ def trace(part: step.Graph) -> GraphProto:
                 logger.setLevel(level)
     own = {*dict(part.named_parameters()), *dict(part.named_buffers())}
     graph = model.graph
-    for name in own & graph.initializers.keys():
+    for name in sorted(own & graph.initializers.keys()):
         weight = graph.initializers.pop(name)
         if weight.uses():
             weight.const_value = None
             graph.inputs.append(weight)
     onnxscript.optimizer.optimize_ir(model)
-    for value in (node for node in graph):  # names of PyTorch's source lines, with this machine's paths
-        value.metadata_props.clear()
-    proto = ir.serde.serialize_graph(graph)
+    proto = ir.serde.serialize_graph(graph)  # without PyTorch's source lines, and this machine's paths:
     for value in (*proto.node, *proto.value_info, *proto.input, *proto.output):
         del value.metadata_props[:]
     return proto
