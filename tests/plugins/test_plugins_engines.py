@@ -16,6 +16,7 @@ import random_world
 import torch
 from typer.testing import CliRunner
 
+from fastar_backend.attention.temp_cache import USAGE_DECAY
 from fastar_backend.cli import app
 from fastar_backend.config import AttentionConfig
 from fastar_backend.engine.engine import StreamEngine, cache_shape
@@ -71,6 +72,8 @@ def built(small_world, plugin_library, environment, tmp_path_factory) -> Path:
 
 
 def test_a_stream_becomes_engines(built, small_world):
+    import onnx
+
     metadata = engines.read(built)
     assert set(metadata.graphs) == {"denoise", "write", "begin", "update"}
     for file, digest in metadata.sha256.items():
@@ -80,6 +83,10 @@ def test_a_stream_becomes_engines(built, small_world):
     assert metadata.place.version.startswith("1.7.1")
     assert metadata.precision == "fp16"
     assert (built.parent / "timing").stat().st_size > 0
+    nodes = onnx.load(built / "onnx" / "write.onnx", load_external_data=False).graph.node
+    (measure,) = (node for node in nodes if node.op_type == "measure")
+    (decay,) = (attribute.f for attribute in measure.attribute if attribute.name == "decay")
+    assert decay == pytest.approx(USAGE_DECAY), "the library also has kernels for another one"
     done = CliRunner().invoke(app, ["engine", "check", str(built), "--world", str(small_world)])
     assert done.exit_code == 0, done
     assert "fits random, fp16, tensorrt_rtx 1.7.1" in done.stdout
