@@ -33,12 +33,12 @@ lint: $(TESTABLE)
 	$(BIN)/ruff check $(wildcard $(CODE))
 	$(BIN)/ruff format --check -q $(wildcard $(CODE))
 
-# Two processes, a file of tests in one of them: servers' and viewers' waiting is another file's working time.
+# Three processes, a file of tests in one of them: servers' and viewers' waiting is another file's working time.
 test: lint
-	$(BIN)/python -m pytest -n 2 --dist loadfile -m "not slow and not gpu"
+	$(BIN)/python -m pytest -n 3 --dist loadfile --durations=20 -m "not slow and not gpu"
 
 test-all: lint
-	$(BIN)/python -m pytest -n 2 --dist loadfile -m "not gpu"
+	$(BIN)/python -m pytest -n 3 --dist loadfile --durations=20 -m "not gpu"
 
 demo: $(INSTALLED)
 	$(BIN)/python benchmarks/demo.py $(if $(FRAMES),--frames $(FRAMES))

@@ -257,7 +257,10 @@ class Attempt:
             self.probe.close()
             moving = self.moves
             if moving:
-                self.launch.drain.touch()
+                try:
+                    self.launch.drain.touch()
+                except FileNotFoundError:  # tritonserver has just died, and its guard has cleared up
+                    moving = False
             with contextlib.suppress(BrokenPipeError, ValueError):  # ValueError: `kill` from another thread was faster
                 self.guard.stdin.write(b"T")
                 self.guard.stdin.flush()

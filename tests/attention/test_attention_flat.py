@@ -94,18 +94,28 @@ def test_flat_caches_are_the_portable_ones(name, monkeypatch):
     """Places that recur, each of which has its groups: whichever of equal ones a token joins, the softmax is the
     same."""
     monkeypatch.setattr(temp_cache, "USAGE_STRIDE", 1)
-    for _ in range(3):  # in one scene of some hundred the codes' rounding decides who is merged or dropped
-        flat, plain, mine, theirs, seed = both(CONFIGS[name], places=6, chunks=6)
-        apart = [float((a - b).abs().max()) for a, b in zip(mine, theirs, strict=True)]
-        if max(apart) < 5e-3:
+    for last in (
+        False,
+        False,
+        True,
+    ):  # in one scene of some hundred the codes' rounding decides who is merged or dropped
+        try:
+            same_caches(CONFIGS[name], *both(CONFIGS[name], places=6, chunks=6))
             break
+        except AssertionError:
+            if last:
+                raise
+
+
+def same_caches(config: AttentionConfig, flat, plain, mine, theirs, seed: int) -> None:
+    apart = [float((a - b).abs().max()) for a, b in zip(mine, theirs, strict=True)]
     assert max(apart) < 5e-3, f"seed {seed}: {apart}"
     mine, theirs = flat.stats(), plain.stats()
     assert mine.tokens == pytest.approx(theirs.tokens, rel=0.1)  # portable: the fullest head's
     assert mine.executed == pytest.approx(theirs.executed, rel=0.1)
     assert mine.possible == theirs.possible
     assert mine.merged == pytest.approx(theirs.merged, rel=1e-4)
-    if CONFIGS[name].kind == "fastar":
+    if config.kind == "fastar":
         counts = torch.cat([cache.count for cache in plain])
         assert torch.equal(groups(flat).sum(-1), counts.sum(-1))
         assert torch.equal((groups(flat) > 0).sum(-1), (counts > 0).sum(-1))
