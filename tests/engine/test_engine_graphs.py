@@ -122,8 +122,7 @@ def test_recorded_chunks_are_the_chunks(world):
 
 
 def test_what_changes_between_chunks(world):
-    """The prompt, all at once and blended; the density; another stream's fork; a snapshot; none records anew but the
-    density."""
+    """The prompt, all at once and blended; another stream's fork; a snapshot: none records anew."""
     plain, recorded, recorder = engines(world)
     both = (plain, recorded)
     for engine in both:
@@ -147,8 +146,18 @@ def test_what_changes_between_chunks(world):
     for engine, snapshot in zip(both, taken, strict=True):
         engine.restore(3, snapshot)
     advance(plain, recorded, 3, 1)
+
+
+@pytest.mark.slow  # half a minute of chunks in the interpreter
+def test_another_density_records_anew(world):
+    plain, recorded, recorder = engines(world)
+    for engine in (plain, recorded):
+        engine.open(1, "a dark maze", StreamOptions(seed=3))
+    for _ in range(2 * RING + 2):
+        advance(plain, recorded, 1)
     before = recorder.count
-    for engine in both:
+    assert before == RING
+    for engine in (plain, recorded):
         engine.control(1, "density", 0.5)
     for _ in range(2 * RING + 1):
         advance(plain, recorded, 1, action="forward")
