@@ -46,6 +46,7 @@ class Graph(nn.Module):
         return tuple(made[binding.name] for binding in self.outputs)
 
     def run(self, given: dict[str, Tensor]) -> dict[str, Tensor]:
+        """Inputs by name -> outputs by name. Abstract: each graph below has its own."""
         raise NotImplementedError
 
     def parts(self) -> list[Part]:
