@@ -151,6 +151,6 @@ def merged(share: Tensor, keys: Tensor, values: Tensor, counts: Tensor) -> tuple
 
     log weight = sum of share (log count - log share), with which the group's e^logit is for no query above the sum of
     its tokens' (Jensen), and equal to it where their logits differ as their shares do: like tokens get their count."""
-    row = share[:, None].to(keys.dtype)
+    row = share[:, None]  # in half precision the values are float32 all the same, where they come from sums by counts
     log = (torch.special.xlogy(share, counts) - torch.special.xlogy(share, share)).sum(-1, keepdim=True)
-    return row @ keys, row @ values, log.exp() * (share > 0).any(-1, keepdim=True)
+    return row.to(keys.dtype) @ keys, row.to(values.dtype) @ values, log.exp() * (share > 0).any(-1, keepdim=True)

@@ -63,8 +63,8 @@ class Work:
     measured: list[Tensor] = dataclasses.field(default_factory=list)  # the guard's recall and error, layer by layer
 
     @property
-    def tensors(self) -> tuple[Tensor, Tensor]:
-        return self.used, self.sparse_pairs
+    def tensors(self) -> tuple[Tensor, ...]:
+        return self.used, self.sparse_pairs, *self.measured
 
 
 class FlatCaches:
@@ -154,7 +154,8 @@ class FlatCaches:
             self.lines[: len(self.times)] = self._lines(positions)
         samples = guard.plan(self.config, shape, len(self.layers), start)
         for layer, sample in zip(self.layers, samples, strict=True):
-            layer.selection, layer.sample = None, sample
+            layer.selection = None
+            layer.look_at(sample)
 
     def turn_history(self) -> None:
         """Turns the whole frames' keys to their positions in the chunk's frame of reference."""
@@ -284,6 +285,18 @@ class FlatLayer:
         self.caches, self.layer = caches, layer
         self.selection: tuple[Tensor, Tensor, Tensor] | None = None  # AnnSA's, once a chunk
         self.sample: guard.Sample | None = None  # what the guard looks at in this chunk
+        self.looked_at: guard.Sample | None = None  # its tensors, which stay: recordings know them
+
+    def look_at(self, sample: guard.Sample | None) -> None:
+        self.sample = sample
+        if sample is None:
+            return
+        if self.looked_at is None:
+            self.looked_at = guard.Sample(sample.heads.clone(), sample.queries.clone())
+        else:
+            self.looked_at.heads.copy_(sample.heads)
+            self.looked_at.queries.copy_(sample.queries)
+        self.sample = self.looked_at
 
     def attend(self, query: Tensor, key: Tensor, value: Tensor, progress: float, write: bool) -> Tensor:
         """One chunk's queries over the cache and the chunk itself. All [chunk tokens, heads, head_dim], rotated in

@@ -25,9 +25,9 @@ LAYERS, HEADS, QUERIES = 6, 6, 4  # layers of a chunk, heads of a layer, queries
 
 @dataclasses.dataclass(frozen=True)
 class Sample:
-    """What is looked at in one layer. heads: which; queries: [n] numbers within the chunk, int64."""
+    """What is looked at in one layer, int64 on the device. heads: [n]; queries: [m] numbers within the chunk."""
 
-    heads: slice
+    heads: Tensor
     queries: Tensor
 
 
@@ -40,19 +40,30 @@ def _parts(queries: int, device: torch.device) -> Tensor:
     return torch.cat([order, order[: -queries % size]]).unflatten(0, (-1, size)).to(device)
 
 
+@functools.lru_cache(maxsize=32)
+def _heads(heads: int, device: torch.device) -> Tensor:
+    """All heads, a sample a row: [samples, n], as many in each (the last ones filled up from the first)."""
+    apart = -(-heads // HEADS)
+    return (torch.arange(apart)[:, None] + torch.arange(0, heads, apart)).remainder(heads).to(device)
+
+
+def turn(config: AttentionConfig, layers: int, chunk: int) -> int:
+    """Which of the sets of layers a chunk's samples are from; 0 where the guard is off."""
+    return chunk % -(-layers // LAYERS) if config.guard != "off" else 0
+
+
 def plan(config: AttentionConfig, shape: CacheShape, layers: int, start: int) -> list[Sample | None]:
     """Which sample each layer takes in the chunk that begins at latent frame `start`; None: it takes none. Depends on
     nothing else, so that a stream can be repeated. Every query of every head of every layer has its turn within
     ceil(layers / LAYERS) * ceil(heads / HEADS) * ceil(queries / QUERIES) chunks."""
     if config.guard == "off":
         return [None] * layers
-    every, apart = -(-layers // LAYERS), -(-shape.heads // HEADS)
-    parts = _parts(shape.chunk_tokens, shape.device)
-    chunk = start // shape.chunk_frames
-    turn = chunk // every
+    heads, parts = _heads(shape.heads, shape.device), _parts(shape.chunk_tokens, shape.device)
+    every, chunk = -(-layers // LAYERS), start // shape.chunk_frames
+    mine, time = turn(config, layers, chunk), chunk // every
     return [
-        Sample(slice((turn + layer) % apart, None, apart), parts[(turn // apart + layer) % len(parts)])
-        if layer % every == chunk % every
+        Sample(heads[(time + layer) % len(heads)], parts[(time // len(heads) + layer) % len(parts)])
+        if layer % every == mine
         else None
         for layer in range(layers)
     ]

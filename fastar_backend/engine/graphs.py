@@ -2,8 +2,9 @@
 GPU up.
 
 A stream whose caches are full does the same work every chunk on the same tensors; only the place of the chunk in the
-caches' ring changes, so there is one recording for each. What does change goes into tensors that stay: noise, actions,
-the prompt's keys and values (`TextCache.take`), temporal positions (`FlatCaches.prepare`)."""
+caches' ring changes, and the layers that the quality guard looks at, so there is one recording for each. What does
+change goes into tensors that stay: noise, actions, the prompt's keys and values (`TextCache.take`), temporal positions
+and the guard's samples (`FlatCaches.prepare`)."""
 
 from __future__ import annotations
 
@@ -13,11 +14,14 @@ from typing import Any, Protocol
 import torch
 from torch import Tensor
 
+from fastar_backend.attention import guard
 from fastar_backend.attention.cache import HALF
 from fastar_backend.config import ExecutionConfig
 from fastar_backend.engine.stream import Stream
 
-MOST = 16  # recordings of a stream: a client may change the density with every chunk
+Kind = tuple[int, float, int]  # of a chunk: its place in the ring, AnnSA's density, the guard's turn
+
+MOST = 32  # recordings of a stream: a client may change the density with every chunk
 
 
 class Recording(Protocol):
@@ -64,22 +68,23 @@ class StreamGraphs:
     def __init__(self, recorder: Recorder) -> None:
         self.recorder = recorder
         self.inputs: tuple[Tensor, ...] = ()
-        self.seen: set[tuple[int, float]] = set()
-        self.recorded: dict[tuple[int, float], tuple[Recording, Any, list[Any]]] = {}
+        self.seen: set[Kind] = set()
+        self.recorded: dict[Kind, tuple[Recording, Any, list[Any]]] = {}
 
     def ready(self, stream: Stream) -> bool:
         """Whether the stream's next chunk does the same work on the same tensors as one before: not before its caches
-        are full, and never while the guard samples something else in every chunk. The first chunk of a kind is
-        computed: it makes what kernels and lookup tables need."""
-        if not getattr(stream.caches, "full", False) or stream.attention.guard != "off":  # FlatCaches have `full`
+        are full. The first chunk of a kind is computed: it makes what kernels and lookup tables need."""
+        if not getattr(stream.caches, "full", False):  # FlatCaches have it
             return False
         key = self._key(stream)
         known = key in self.seen
         self.seen.add(key)
         return known
 
-    def _key(self, stream: Stream) -> tuple[int, float]:
-        return stream.caches.own, stream.attention.sparse_density
+    def _key(self, stream: Stream) -> Kind:
+        caches, attention = stream.caches, stream.attention
+        chunk = stream.latent_frame // caches.shape.chunk_frames
+        return caches.own, attention.sparse_density, guard.turn(attention, len(caches), chunk)
 
     def run(self, stream: Stream, inputs: tuple[Tensor, ...], act: Callable[..., Tensor]) -> Tensor:
         """act(*inputs) -> clean latents, with all that the chunk does to the caches but the host's books (`took`). The

@@ -254,3 +254,18 @@ def test_the_prompt_by_the_kernel(test, words, length):
     assert float(other.kept) == pytest.approx(plain.kept)
     held = len(text.unique(dim=0))
     assert plain.kept <= held if test else plain.kept == held
+
+
+@pytest.mark.parametrize("test", [None, "bucket", "mass"])
+def test_the_prompt_by_the_kernel_in_half_precision(test):
+    config = AttentionConfig(select_text=test is not None, text_mass=0.7 if test == "mass" else None)
+    dtype = torch.bfloat16 if DEVICE.type == "cuda" else torch.float16  # the interpreter takes bfloat16 for integers
+    text = torch.cat([torch.randn(14, 12), torch.zeros(9, 12)]).to(DEVICE)
+    key, value = ((text @ torch.randn(12, 32, device=DEVICE)).unflatten(1, (2, 16)).to(dtype) for _ in range(2))
+    plain = TextCache(key.float(), value.float(), text, config)
+    other = TextCache(key, value, text, config)
+    other.use_kernel()
+    query = torch.randn(2, 21, 16, device=DEVICE).to(dtype)
+    expected, found = plain.attend(query.float()), other.attend(query)
+    assert found.dtype == dtype
+    assert (found - expected).norm() / expected.norm() < (2e-2 if dtype == torch.bfloat16 else 5e-3)

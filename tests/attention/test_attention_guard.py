@@ -40,7 +40,7 @@ def counted(heads: int, keys: int, own: int) -> torch.Tensor:
 
 
 @pytest.mark.parametrize(
-    "sample", [Sample(slice(None), torch.arange(15)), Sample(slice(1, None, 2), torch.tensor([7, 0, 13]))]
+    "sample", [Sample(torch.arange(5), torch.arange(15)), Sample(torch.tensor([1, 3]), torch.tensor([7, 0, 13]))]
 )
 @pytest.mark.parametrize("weighted", [False, True])
 def test_a_selection_of_keys(sample, weighted):
@@ -64,7 +64,7 @@ def test_a_selection_of_keys(sample, weighted):
 
 
 @pytest.mark.parametrize(
-    "sample", [Sample(slice(None), torch.arange(21)), Sample(slice(2, None, 3), torch.tensor([20, 4]))]
+    "sample", [Sample(torch.arange(5), torch.arange(21)), Sample(torch.tensor([4, 2]), torch.tensor([20, 4]))]
 )
 def test_a_selection_of_blocks_of_keys(sample):
     """Sums instead of mean values, blocks that end beyond the last key, query blocks that are not full."""
@@ -101,9 +101,9 @@ def test_everything_has_its_turn_and_no_chunk_much(layers, heads, frame_tokens):
         assert 1 <= sum(sample is not None for sample in plan) <= guard.LAYERS
         for layer, sample in enumerate(plan):
             if sample is not None:
-                assert len(range(heads)[sample.heads]) <= guard.HEADS
+                assert len(sample.heads) <= guard.HEADS
                 assert len(sample.queries) <= guard.QUERIES
-                for head in range(heads)[sample.heads]:
+                for head in sample.heads:
                     seen[layer, head, sample.queries] = True
     assert seen.all()
 
@@ -130,7 +130,7 @@ class Watch:
             for cache in self.caches:
                 query, key, value = (x[chunk] for x in qkv)
                 if self.everything:
-                    cache.sample = Sample(slice(None), torch.arange(query.shape[1]))
+                    cache.sample = Sample(torch.arange(len(query)), torch.arange(query.shape[1]))
                 cache.attend(query, key, value, 0.0)
                 cache.attend(query + 0.1, key, value, 0.5)
                 outs.append(cache.attend(query, key, value, 1.0))
@@ -204,16 +204,16 @@ class Flat:
     """Drives the GPU's caches, in Triton's interpreter where there is no GPU, over keys that recur a little changed."""
 
     def __init__(self, config: AttentionConfig, seed: int, frame_tokens: int) -> None:
-        self.shape = CacheShape(2, 16, frame_tokens, 1, 2, (8, 4, 4), 100.0, DEVICE, torch.float32)
+        self.shape = CacheShape(2, 32, frame_tokens, 1, 2, (16, 8, 8), 100.0, DEVICE, torch.float32)
         self.caches = FlatCaches(self.shape, config, 1)
         self.generator = torch.Generator().manual_seed(seed)
-        self.places = torch.randn(40, 2, 16, generator=self.generator)
+        self.places = torch.randn(40, 2, 32, generator=self.generator)
 
     def draw(self) -> list[torch.Tensor]:
         """Query, key, value of one layer, [chunk tokens, heads, head_dim]."""
         size = self.shape.chunk_tokens
         where = torch.randint(0, 40, (size,), generator=self.generator)
-        noise = torch.randn(3, size, 2, 16, generator=self.generator)
+        noise = torch.randn(3, size, 2, 32, generator=self.generator)
         key = self.places[where] + 1e-3 * noise[0]
         return [x.to(DEVICE) for x in (self.places[where.flip(0)] + 0.3 * noise[1], key, noise[2])]
 
@@ -239,7 +239,7 @@ def test_the_gpus_caches_measure_what_their_attention_gave():
     dense.configure(FLAT.model_copy(update={"sparse_density": 1.0}))
     caches.begin(5)
     dense.begin(5)
-    caches[0].sample = Sample(slice(None), torch.arange(flat.shape.chunk_tokens, device=DEVICE))
+    caches[0].sample = Sample(*(torch.arange(size, device=DEVICE) for size in (2, flat.shape.chunk_tokens)))
     own = flat.draw()
     sparse, whole = (each[0].attend(*own, 1.0, True) for each in (caches, dense))
     recall, error = caches.stats().guard
@@ -254,6 +254,28 @@ def test_the_gpus_caches_watched_and_not_are_the_same():
     assert all(a.equal(b) for a, b in zip(watched.run(4), other.run(4), strict=True))
     assert other.caches.stats().guard is None
     assert 0.2 < watched.caches.stats().guard[0] < 1
+
+
+def test_the_gpus_caches_look_by_tensors_that_stay():
+    """So that a recorded chunk looks at what the next one has to."""
+    flat = Flat(FLAT, int(torch.randint(0, 1 << 30, ())), 71)
+    flat.run(5)
+    caches, seen = flat.caches, []
+    caches.begin(5)
+    own = flat.draw()
+    held = None
+    for chunk in range(5, 10):
+        caches.prepare(chunk)
+        planned, sample = guard.plan(FLAT, flat.shape, 1, chunk)[0], caches[0].sample
+        held = held or sample
+        assert sample is held
+        assert sample.heads.equal(planned.heads)
+        assert sample.queries.equal(planned.queries)
+        caches.turn_history()
+        caches[0].attend(*own, 1.0, True)
+        seen.append(caches.stats().guard)
+    assert len(set(seen)) > 3
+    assert caches.fork()[0].looked_at is None, "a fork is recorded by itself"
 
 
 @pytest.mark.parametrize(

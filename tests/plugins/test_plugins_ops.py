@@ -285,7 +285,7 @@ def test_selection_is_that_of_the_pytorch_path(density):
 
 def test_usage_is_measured_as_by_the_pytorch_path():
     inputs, attributes = cases.measure(streams=1)
-    inputs = cases.cast(OPERATORS["measure"], inputs, torch.float32)
+    inputs = {name: value.to(DEVICE) for name, value in cases.cast(OPERATORS["measure"], inputs, torch.float32).items()}
     query, key, count, lse, usage, row = inputs.values()
     mass = kernel_ops.mass(query, key, count, lse, attributes["stride"], key.shape[1], key.shape[1])
     wanted = usage.lerp(mass, 1 - attributes["decay"])
@@ -311,13 +311,13 @@ def test_schema_has_inputs_and_attributes_by_name():
 @pytest.mark.parametrize(("mass", "index"), [(0.8, "quantised"), (0.99, "exact"), (0.3, "quantised")])
 def test_prompt_is_attended_to_as_by_the_pytorch_path(mass, index):
     tokens, heads, dim, queries = 40, 3, 16, 150
-    text = torch.randint(0, 2, (tokens, 5)).float()  # with equal tokens
+    text = torch.randint(0, 2, (tokens, 5), device=DEVICE).float()  # with equal tokens
     _, same = torch.unique(text, dim=0, return_inverse=True)
-    key, value = torch.randn(tokens, heads, dim)[same], torch.randn(tokens, heads, dim)[same]
+    key, value = (torch.randn(tokens, heads, dim, device=DEVICE)[same] for _ in range(2))
     cache = TextCache(key, value, text, AttentionConfig(select_text=True, text_mass=mass, index=index))
     cache.use_kernel()
     counts, first = cache.groups
-    query = torch.randn(queries, heads, dim)
+    query = torch.randn(queries, heads, dim, device=DEVICE)
     wanted = cache.attend(query.transpose(0, 1)).transpose(0, 1)
     f = torch.ops.fastar
     share = f.text_mass(query, cache.keys, counts, quantised=index == "quantised")
