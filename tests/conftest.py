@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import os
 import sys
 from pathlib import Path
@@ -11,6 +12,10 @@ import torch
 
 if not torch.cuda.is_available():  # before any kernel is imported: without a GPU they run in Triton's interpreter
     os.environ["TRITON_INTERPRET"] = "1"
+    from triton.runtime.interpreter import interpreter_builder
+
+    # Of overflowing integers: without TRITON_DEBUG checked and never told, for a fifth of the interpreter's time.
+    interpreter_builder.options = dataclasses.replace(interpreter_builder.options, sanitize_overflow=False)
 sys.path.insert(0, str(Path(__file__).parents[1]))  # for `training`, which is not installed
 
 import random_world

@@ -4,6 +4,7 @@ kernels in Triton's interpreter."""
 from __future__ import annotations
 
 import copy
+import math
 from collections.abc import Callable
 from pathlib import Path
 
@@ -11,9 +12,10 @@ import numpy as np
 import pytest
 import random_world
 import torch
+from rerun import Recorder
 from torch import Tensor
 
-from fastar_backend.attention import TextCache
+from fastar_backend.attention import TextCache, guard
 from fastar_backend.attention.flat_cache import FlatCaches
 from fastar_backend.config import AttentionConfig
 from fastar_backend.engine import runtime as runtime_module
@@ -21,41 +23,23 @@ from fastar_backend.engine.engine import StreamEngine
 from fastar_backend.engine.graphs import CudaRecorder
 from fastar_backend.engine.snapshot import Snapshot
 from fastar_backend.engine.stream import Chunk, ChunkRequest, StreamOptions
-from fastar_backend.model.world import load_world
+from fastar_backend.model.world import World, load_world
 
 CUDA = torch.cuda.is_available()
 FASTAR = AttentionConfig(budget_frames=6, recent_frames=4, merge_threshold=0.5, dense_steps=0.0)
 RING = 3  # chunks: the newest 4 latent frames and the chunk's own 2
+SHORT = FASTAR.model_copy(update={"budget_frames": 4, "recent_frames": 2})  # a ring of SHORT_RING chunks
+SHORT_RING = 2
 
 
-class Rerun:
-    """What a CUDA graph does, on any device: recording does no work; a replay does it on the same tensors."""
-
-    def __init__(self, act: Callable[[], tuple[Tensor, ...]], state: list[Tensor]) -> None:
-        before = [tensor.clone() for tensor in state]
-        self.act, self.outputs = act, act()
-        for tensor, old in zip(state, before, strict=True):
-            tensor.copy_(old)
-        for output in self.outputs:
-            output.fill_(-1)
-
-    def replay(self) -> None:
-        for mine, fresh in zip(self.outputs, self.act(), strict=True):
-            mine.copy_(fresh)
-
-
-class Recorder:
+class CudaRecording(Recorder):
     def __init__(self) -> None:
-        self.engine: StreamEngine | None = None
-        self.count = 0
-        self.real = CudaRecorder() if CUDA else None
+        super().__init__()
+        self.real = CudaRecorder()
 
     def record(self, act: Callable[[], tuple[Tensor, ...]]):
         self.count += 1
-        if self.real:
-            return self.real.record(act)
-        caches = [stream.caches for stream in self.engine.streams.values()]
-        return Rerun(act, [getattr(cache, name) for cache in caches for name in FlatCaches.TENSORS])
+        return self.real.record(act)
 
 
 class KernelText(TextCache):
@@ -65,13 +49,24 @@ class KernelText(TextCache):
             self.use_kernel()
 
 
-@pytest.fixture(scope="module")
-def world(tmp_path_factory):
+def make_world(folder: Path, layers: int) -> World:
     changed = copy.deepcopy(random_world.CONFIG)
-    changed["model"] |= {"dim": 32, "heads": 1, "latent_height": 2}  # heads of 32: what the kernels take
+    heads = {"dim": 32, "heads": 1}  # of 32: what the kernels take
+    changed["model"] |= heads | {"layers": layers, "latent_height": 2, "latent_width": 4}
     changed["sampler"]["steps"] = [1000.0]
-    folder: Path = random_world.write(tmp_path_factory.mktemp("world") / "random", changed)
+    random_world.write(folder, changed)
     return load_world(str(folder), "cuda" if CUDA else "cpu", torch.bfloat16 if CUDA else torch.float32)
+
+
+@pytest.fixture(scope="module")
+def world(tmp_path_factory) -> World:
+    return make_world(tmp_path_factory.mktemp("world") / "random", layers=2)
+
+
+@pytest.fixture(scope="module")
+def small_world(tmp_path_factory) -> World:
+    """For what is the same in every layer."""
+    return make_world(tmp_path_factory.mktemp("world") / "small", layers=1)
 
 
 @pytest.fixture(autouse=True)
@@ -84,7 +79,7 @@ def by_kernels(monkeypatch):
 
 def engines(world, attention: AttentionConfig = FASTAR) -> tuple[StreamEngine, StreamEngine, Recorder]:
     """One that computes every chunk, one that replays."""
-    recorder = Recorder()
+    recorder = CudaRecording() if CUDA else Recorder()
     plain, recorded = (StreamEngine(world, attention, recorder=own) for own in (None, recorder))
     recorder.engine = recorded
     return plain, recorded, recorder
@@ -121,18 +116,18 @@ def test_recorded_chunks_are_the_chunks(world):
     assert counts[-1] == counts[full + RING - 1] == RING, "one at each place of the ring, ever"
 
 
-def test_what_changes_between_chunks(world):
+def test_what_changes_between_chunks(small_world):
     """The prompt, all at once and blended; another stream's fork; a snapshot: none records anew."""
-    plain, recorded, recorder = engines(world)
+    plain, recorded, recorder = engines(small_world, SHORT)
     both = (plain, recorded)
     for engine in both:
         engine.open(1, "a dark maze", StreamOptions(seed=3))
-    for _ in range(2 * RING + 2):
+    for _ in range(2 * SHORT_RING):
         advance(plain, recorded, 1)
-    assert recorder.count == RING
+    assert recorder.count == SHORT_RING
     for engine in both:
-        engine.control(1, "prompt", "a round arena", blend_chunks=3)
-    for _ in range(4):
+        engine.control(1, "prompt", "a round arena", blend_chunks=2)
+    for _ in range(3):
         advance(plain, recorded, 1)
     for engine in both:
         engine.fork(1, 2, seed=5)
@@ -140,7 +135,7 @@ def test_what_changes_between_chunks(world):
     advance(plain, recorded, 1, 2)
     advance(plain, recorded, 2)
     advance(plain, recorded, 1)
-    assert recorder.count == RING, "the prompt is no reason to record anew, and the fork's chunks are computed first"
+    assert recorder.count == SHORT_RING, "neither the prompt nor a fork's first chunks are a reason to record anew"
     taken = [Snapshot.from_bytes(engine.snapshot(2).to_bytes()) for engine in both]
     advance(plain, recorded, 2)
     for engine, snapshot in zip(both, taken, strict=True):
@@ -148,27 +143,31 @@ def test_what_changes_between_chunks(world):
     advance(plain, recorded, 3, 1)
 
 
-@pytest.mark.slow  # half a minute of chunks in the interpreter
-def test_another_density_records_anew(world):
-    plain, recorded, recorder = engines(world)
+def test_another_density_records_anew(small_world):
+    plain, recorded, recorder = engines(small_world, SHORT)
     for engine in (plain, recorded):
         engine.open(1, "a dark maze", StreamOptions(seed=3))
-    for _ in range(2 * RING + 2):
+    for _ in range(2 * SHORT_RING):
         advance(plain, recorded, 1)
     before = recorder.count
-    assert before == RING
+    assert before == SHORT_RING
     for engine in (plain, recorded):
         engine.control(1, "density", 0.5)
-    for _ in range(2 * RING + 1):
+    for _ in range(2 * SHORT_RING + 1):
         advance(plain, recorded, 1, action="forward")
-    assert recorder.count == before + RING
+    assert recorder.count == before + SHORT_RING
 
 
-def test_what_is_not_recorded(world):
+def test_each_set_of_layers_that_is_watched_has_its_recordings(world, monkeypatch):
+    """What heads and queries a recording looks at: test_attention_guard."""
+    layers = world.config.model.layers
+    monkeypatch.setattr(guard, "LAYERS", 1)
     plain, recorded, recorder = engines(world)
     options = StreamOptions(seed=1, attention=FASTAR.model_copy(update={"guard": "observe", "sparse_density": 0.5}))
     for engine in (plain, recorded):
         engine.open(1, "a dark maze", options)
-    for _ in range(2 * RING + 2):
-        advance(plain, recorded, 1)
-    assert recorder.count == 0, "the guard samples something else in every chunk"
+    for _ in range(RING + 2 * math.lcm(RING, layers) + 2):  # two replays look at other samples
+        a, b = (engine.step([ChunkRequest(1, ("",))])[0] for engine in (plain, recorded))
+        same(a, b)
+        assert a.stats.guard_recall == pytest.approx(b.stats.guard_recall, abs=0.05 if CUDA else 1e-4)
+    assert recorder.count == math.lcm(RING, layers)

@@ -9,7 +9,7 @@ import types
 import pytest
 import torch
 import typer
-from plugins_eager import Recorder
+from rerun import Recorder
 from test_plugins_runner import DENSE, SPARSE, runtime, world
 
 from fastar_backend.engine.engine import StreamEngine
