@@ -50,7 +50,7 @@ def serve(
         int | None,
         typer.Option(
             envvar="FASTAR_ADMIN_PORT",
-            help="For a cluster's controller: POST /move?streams=N. No passwords.",
+            help="For a cluster's controller and gateways: moves, room for streams. No passwords.",
             show_default="none",
         ),
     ] = None,

@@ -21,7 +21,6 @@ from fastar_client.decode import Decoder, is_small
 from fastar_client.errors import (
     FastarError,
     NotFound,
-    ResourceExhausted,
     ServerError,
     ServerUnavailable,
     StreamLost,
@@ -225,7 +224,7 @@ class Link:
                         failure = error
             if failure is not None and not self.over:
                 if isinstance(failure, ServerUnavailable):
-                    self._leave(failure)
+                    self._leave()
                 if self._may_recover(failure):
                     await self._recover(failure)
                     gone = self.broken
@@ -241,10 +240,10 @@ class Link:
         self._pin.note(self._call.pod)
         return reply
 
-    def _leave(self, error: FastarError) -> None:
+    def _leave(self) -> None:
         """The call's server drains, is gone or refuses: on to another one, where a gateway or we know of one."""
         self._transport.leave(self._call)
-        self._pin.leave(isinstance(error, ResourceExhausted))
+        self._pin.leave()
 
     def _fail(self, error: BaseException) -> None:
         if isinstance(error, FastarError):
@@ -328,7 +327,7 @@ class Link:
             except FastarError as caught:
                 if left > 0 and may_pass(caught):
                     failure = caught
-                    self._leave(caught)
+                    self._leave()
                     await asyncio.sleep(min(wait * random.uniform(0.5, 1.5), left))
                     wait = min(2 * wait, BACK_OFF[1])
                     continue

@@ -32,8 +32,9 @@ CONTROL_ACTION = "control"  # alone in a request that is a control
 ENCODINGS = ("raw", "jpeg", "h264")
 TENANT_HEADER = "x-fastar-tenant"
 MIGRATE_HEADER = "x-fastar-migrate"  # "1": we know what `migrate` in STATS asks of us
-STREAM_HEADER = "x-fastar-stream"  # any text of ours that stays the same for a stream,
-POD_HEADER = "x-fastar-pod"  # and the pin: what a gateway's reply has under this name. Together: back to that server
+POD_HEADER = (
+    "x-fastar-pod"  # the pin: what a gateway's reply has under this name; sent again it leads back there
+)
 MAX_BLEND_CHUNKS = 64
 MAX_PROMPT_BYTES = 4096
 MAX_ACTION_BYTES = 256

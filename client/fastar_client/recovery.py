@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import secrets
-
 from fastar_client.errors import (
     FastarError,
     NotFound,
@@ -13,7 +11,7 @@ from fastar_client.errors import (
     TakenOver,
     TimedOut,
 )
-from fastar_client.protocol import POD_HEADER, STREAM_HEADER
+from fastar_client.protocol import POD_HEADER
 
 
 class Elsewhere(Exception):
@@ -29,30 +27,21 @@ class Diverged(StreamLost):
 
 class Pin:
     """The server behind a gateway that has the stream, once it is known. A new stream names none, and so goes where
-    there is room; one that was lost goes back to its server, and from one that is gone or drains, again to any.
-
-    Where that one is full, the gateway does not know all its calls, and would lead us there again: then by a new id,
-    which it hashes, every other time.
-    """
+    there is room; one that was lost goes back to its server, and from one that is gone, full or drains, to any."""
 
     def __init__(self) -> None:
-        self._id = secrets.token_hex(8)  # no secret: by it a gateway chooses if it no longer knows the pod
         self._pod: str | None = None
-        self._hashed = False
 
     def note(self, pod: str | None) -> None:
         """pod: of a reply; a gateway that took us where we wanted says nothing."""
         self._pod = pod or self._pod
 
-    def leave(self, full: bool) -> None:
-        self._hashed = full and self._pod is not None and not self._hashed
+    def leave(self) -> None:
         self._pod = None
 
     @property
     def headers(self) -> dict[str, str]:
-        if self._pod is not None:
-            return {STREAM_HEADER: self._id, POD_HEADER: self._pod}
-        return {STREAM_HEADER: secrets.token_hex(8)} if self._hashed else {}
+        return {} if self._pod is None else {POD_HEADER: self._pod}
 
 
 def may_pass(error: FastarError) -> bool:

@@ -105,10 +105,11 @@ def _command(
         "grpc-header-forward-pattern": HEADERS,
     }
     for kind, port in ports.items():
-        flags |= {f"{kind}-address": settings.host, f"{kind}-port": port}
+        host = settings.http_host if kind == "http" else settings.host
+        flags |= {f"{kind}-address": host, f"{kind}-port": port}
     if settings.tls_key:
         flags |= {"grpc-server-cert": settings.tls_certificate, "grpc-server-key": settings.tls_key}
-        flags |= {"grpc-use-ssl": "true", "http-address": "127.0.0.1"}  # whose port has no TLS
+        flags |= {"grpc-use-ssl": "true"}
         if settings.tls_client_ca:
             flags |= {"grpc-use-ssl-mutual": "true", "grpc-root-cert": settings.tls_client_ca}
     values = [f"--{name}={value}" for name, value in flags.items()]

@@ -13,6 +13,7 @@ import sys
 import tempfile
 import threading
 import time
+import urllib.parse
 from types import TracebackType
 
 import psutil
@@ -21,6 +22,7 @@ from fastar_backend.errors import InvalidInput
 from fastar_backend.serve import guard, install, runtime
 from fastar_backend.serve.admin import Admin
 from fastar_backend.serve.logs import ServerLog
+from fastar_backend.serve.placement import NOT_READY, Placement
 from fastar_backend.serve.probe import Probe
 from fastar_backend.serve.settings import ServerError, ServeSettings
 
@@ -50,6 +52,7 @@ class Server:
         self._attempt: Attempt | None = None
         self._watcher: threading.Thread | None = None
         self._admin: Admin | None = None
+        self._placement = Placement()
 
     @property
     def grpc_url(self) -> str:
@@ -57,7 +60,7 @@ class Server:
 
     @property
     def http_url(self) -> str:
-        return f"http://{self._reachable}:{self.ports['http']}"
+        return f"http://{reachable(self.settings.http_host)}:{self.ports['http']}"
 
     @property
     def metrics_url(self) -> str:
@@ -94,7 +97,7 @@ class Server:
             self.settings = self.settings.model_copy(update={"service": service})
         try:
             if self.settings.admin_port is not None:
-                self._admin = Admin(self.settings.host, self.settings.admin_port, self.move)
+                self._admin = Admin(self.settings.host, self.settings.admin_port, self)
             self._launch()
         except BaseException:
             self.kill()
@@ -129,6 +132,16 @@ class Server:
         temporary.write_text(str(streams))
         temporary.replace(attempt.launch.move)
 
+    def close(self, seconds: float) -> None:
+        """For so long, new streams should rather go elsewhere; 0: no longer. Those that come are taken."""
+        self._placement.close(seconds)
+
+    def placement(self) -> str:
+        """One of placement.py's states: whether new streams should come here."""
+        if self._attempt is None or self.stopping.is_set():
+            return NOT_READY
+        return self._placement.look(self.http_url, self.metrics_url)
+
     def kill(self) -> None:
         """Ends everything at once."""
         self.stopping.set()
@@ -146,11 +159,11 @@ class Server:
 
     @property
     def _reachable(self) -> str:
-        return {"0.0.0.0": "127.0.0.1", "::": "[::1]"}.get(self.settings.host, self.settings.host)
+        return reachable(self.settings.host)
 
     def _launch(self) -> None:
         launch = runtime.prepare(self.settings, self.ports, self._installation, self._repository)
-        urls = [f"{self._reachable}:{self.ports[kind]}" for kind in ("grpc", "http", "metrics")]
+        urls = [self.grpc_url, *(urllib.parse.urlsplit(url).netloc for url in (self.http_url, self.metrics_url))]
         self._attempt = Attempt(launch, urls, self.settings, self._snapshots)
         self._attempt.wait_until_ready(self.stopping)
 
@@ -330,21 +343,25 @@ def readable(settings: ServeSettings) -> None:
 
 def free_ports(settings: ServeSettings) -> dict[str, int]:
     """The three ports, 0 replaced by a free one; raises InvalidInput naming the option of a port in use."""
-    family = socket.AF_INET6 if ":" in settings.host else socket.AF_INET
     with contextlib.ExitStack() as held:
         ports = {}
         for kind in ("http", "grpc", "metrics"):
-            port = getattr(settings, f"{kind}_port")
-            probe = held.enter_context(socket.socket(family))
+            host, port = settings.http_host if kind == "http" else settings.host, getattr(settings, f"{kind}_port")
+            probe = held.enter_context(socket.socket(socket.AF_INET6 if ":" in host else socket.AF_INET))
             probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
             try:
-                probe.bind((settings.host, port))
+                probe.bind((host, port))
                 probe.listen()
             except OSError as error:
-                where = f"port {port} of {settings.host}: {error.strerror.lower()}"
+                where = f"port {port} of {host}: {error.strerror.lower()}"
                 raise InvalidInput(f"--{kind}-port", where, "a free port, or 0 to have one chosen") from None
             ports[kind] = probe.getsockname()[1]
     return ports
+
+
+def reachable(host: str) -> str:
+    """Where one that listens there is found, as in a URL."""
+    return {"0.0.0.0": "127.0.0.1", "::": "[::1]"}.get(host, host)
 
 
 def listening(url: str) -> bool:

@@ -75,6 +75,11 @@ class ServeSettings(ExecutionConfig):
         return self
 
     @property
+    def http_host(self) -> str:
+        """Triton's HTTP has no TLS: beside a gRPC port that has, only this machine reaches it."""
+        return "127.0.0.1" if self.tls_key else self.host
+
+    @property
     def trace_url(self) -> str | None:
         """Of the OTLP/HTTP collector."""
         base = os.environ.get("OTEL_EXPORTER_OTLP_ENDPOINT")

@@ -28,11 +28,13 @@ MICRO = r"\d{4}-\d\d-\d\dT\d\d:\d\d:\d\d\.\d{6}(Z|\+00:00)"  # the only form of 
 class Quiet(http.server.BaseHTTPRequestHandler):
     protocol_version = "HTTP/1.1"
 
-    def reply(self, code: int, body: bytes, kind: str = "application/json") -> None:
+    def reply(
+        self, code: int, body: bytes, kind: str = "application/json", headers: dict[str, str] | None = None
+    ) -> None:
         with contextlib.suppress(ConnectionError):  # the caller did not wait
             self.send_response(code)
-            self.send_header("Content-Type", kind)
-            self.send_header("Content-Length", str(len(body)))
+            for name, value in {"Content-Type": kind, "Content-Length": str(len(body)), **(headers or {})}.items():
+                self.send_header(name, value)
             self.end_headers()
             self.wfile.write(body)
 
@@ -43,8 +45,8 @@ class Quiet(http.server.BaseHTTPRequestHandler):
 class Served:
     """A handler on a port of its own, until `stop`."""
 
-    def __init__(self, handler: type[Quiet]) -> None:
-        self.server = http.server.ThreadingHTTPServer(("127.0.0.1", 0), handler)
+    def __init__(self, handler: type[Quiet], host: str = "127.0.0.1", port: int = 0) -> None:
+        self.server = http.server.ThreadingHTTPServer((host, port), handler)
         self.server.daemon_threads = True
         self.port = self.server.server_address[1]
         threading.Thread(target=self.server.serve_forever, args=(0.02,), daemon=True).start()
@@ -61,6 +63,7 @@ class Server(Served):
         self.streams, self.slots, self.draining, self.silent = streams, slots, 0, False
         self.rates: collections.Counter[str] = collections.Counter()
         self.asked: list[str] = []  # to send streams on
+        self.closed: list[str] = []  # and to be, for so long
         self.refuses = False
         outer = self
 
@@ -71,7 +74,7 @@ class Server(Served):
                 return self.reply(200, outer.text().encode(), "text/plain; charset=utf-8")
 
             def do_POST(self) -> None:
-                outer.asked.append(self.path)
+                (outer.closed if self.path.startswith("/close") else outer.asked).append(self.path)
                 self.reply(409 if outer.refuses else 202, b"", "text/plain")
 
         super().__init__(Handler)
@@ -135,7 +138,7 @@ class Api(Served):
                 "metadata": {
                     "name": name,
                     "namespace": NAMESPACE,
-                    "labels": {"app.kubernetes.io/name": "triton", "fastar/placement": "open"},
+                    "labels": {"app.kubernetes.io/name": "triton"},
                 },
                 "spec": {"containers": [{"name": "triton", "ports": ports}]},
                 "status": {
@@ -151,9 +154,9 @@ class Api(Served):
             return {name: pod["metadata"].get("annotations", {}).get(key) for name, pod in self.pods.items()}
 
     def opened(self) -> set[str]:
-        """What the Service `triton-open` selects."""
+        """By their label."""
         with self.lock:
-            return {n for n, pod in self.pods.items() if pod["metadata"]["labels"].get("fastar/placement") == "open"}
+            return {n for n, pod in self.pods.items() if pod["metadata"]["labels"].get("fastar/placement") != "closed"}
 
     def holder(self) -> str:
         with self.lock:

@@ -33,7 +33,11 @@ class Fleet:
             "deterministic": True, "snapshots": redis, "snapshot_chunks": 8, "exit_timeout": 30,
         }  # fmt: skip
         self.folder = folder
-        self.settings = [ServeSettings(**values | settings | {"grpc_port": port}) for port in free_ports(count)]
+        ports = iter(free_ports(2 * count))
+        self.ports = [(next(ports), next(ports)) for _ in range(count)]
+        self.settings = [
+            ServeSettings(**values | settings | {"grpc_port": port, "admin_port": admin}) for port, admin in self.ports
+        ]
         self.servers: list[Server] = [Server(settings) for settings in self.settings]
         self.gateway: Gateway | None = None
         self._gateways = contextlib.ExitStack()
@@ -53,8 +57,7 @@ class Fleet:
         self.folder.joinpath(name := f"envoy-{time.monotonic_ns()}").mkdir()
         port = self.gateway and self.gateway.port
         stack = contextlib.ExitStack()
-        ports = [settings.grpc_port for settings in self.settings]
-        self.gateway = stack.enter_context(gateway(self.folder / name, ports, port=port))
+        self.gateway = stack.enter_context(gateway(self.folder / name, self.ports, port=port))
         self.gateway.wait_for(len(self.servers))
         self._gateways.close()
         self._gateways = stack

@@ -79,10 +79,8 @@ def cluster(config: Object) -> Object:
     return config["static_resources"]["clusters"][0]
 
 
-def open_pods(config: Object) -> Object:
-    """The address of those that take new streams."""
-    endpoint = config["static_resources"]["clusters"][1]["load_assignment"]["endpoints"][0]["lb_endpoints"][0]
-    return endpoint["endpoint"]["address"]["socket_address"]
+def hashed(config: Object) -> Object:
+    return config["static_resources"]["clusters"][1]
 
 
 def replace_expr(record: str, old: str, new: str) -> Change:
@@ -125,6 +123,11 @@ def open_to_all(objects: list[Object]) -> None:
 def close_scraping(objects: list[Object]) -> None:
     entries = at(objects, "NetworkPolicy", "triton", "spec", "ingress")
     entries[:] = [entry for entry in entries if entry["ports"][0]["port"] != "metrics"]
+
+
+def forget_admin_port(objects: list[Object]) -> None:
+    env = at(objects, "Deployment", "triton", *SERVER, "env")
+    env[:] = [variable for variable in env if variable["name"] != "FASTAR_ADMIN_PORT"]
 
 
 def second_autoscaler(objects: list[Object]) -> None:
@@ -535,26 +538,11 @@ MISTAKES = [
         drop("NetworkPolicy", "triton-from-controller"),
     ),
     Mistake(
-        "viewers may move streams",
-        "only_the_controller_moves_streams",
-        lambda o: at(o, "NetworkPolicy", "triton", "spec", "ingress", 0, "ports").append(
+        "whoever scrapes may move streams",
+        "few_reach_the_admin_port",
+        lambda o: at(o, "NetworkPolicy", "triton", "spec", "ingress", 1, "ports").append(
             {"protocol": "TCP", "port": "admin"}
         ),
-    ),
-    Mistake(
-        "one address for the open pods",
-        "service_is_headless",
-        drop("Service", "triton-open", "spec", "clusterIP"),
-    ),
-    Mistake(
-        "pods that are closed from the start",
-        "selectors_select",
-        put("Deployment", "triton", "spec", "template", "metadata", "labels", "fastar/placement", value="closed"),
-    ),
-    Mistake(
-        "new streams for closed pods",
-        "gateway_finds_the_servers",
-        envoy(lambda config: open_pods(config).update(address="triton")),
     ),
     Mistake(
         "a rate over two scrapes",
@@ -588,7 +576,7 @@ MISTAKES = [
     Mistake(
         "a ring that moves streams",
         "gateway_goes_by_pin_then_hash",
-        envoy(lambda c: cluster(c).update(lb_policy="RING_HASH")),
+        envoy(lambda c: hashed(c).update(lb_policy="RING_HASH")),
     ),
     Mistake("no pin", "gateway_goes_by_pin_then_hash", envoy(lambda c: manager(c)["http_filters"].pop(0))),
     Mistake(
@@ -597,9 +585,39 @@ MISTAKES = [
         envoy(lambda c: manager(c)["http_filters"][0]["typed_config"].update(strict=True)),
     ),
     Mistake(
-        "new streams go to any pod, full or not",
+        "new streams go to any pod",
+        "gateway_looks_for_room",
+        envoy(lambda c: cluster(c).update(lb_policy="RANDOM")),
+    ),
+    Mistake(
+        "new streams go to full pods",
+        "gateway_looks_for_room",
+        envoy(lambda c: cluster(c)["health_checks"][0].update(http_health_check={"path": "/v2/health/ready"})),
+    ),
+    Mistake(
+        "the last open pod gets a part of the new streams",
+        "gateway_looks_for_room",
+        envoy(lambda c: cluster(c)["load_assignment"].pop("policy")),
+    ),
+    Mistake(
+        "nobody listens where the gateway asks for room",
+        "gateway_looks_for_room",
+        forget_admin_port,
+    ),
+    Mistake(
+        "streams that went back to their pod do not count",
         "gateway_goes_by_pin_then_hash",
-        envoy(lambda c: c["static_resources"]["clusters"][1].update(lb_policy="RANDOM")),
+        envoy(lambda c: manager(c)["route_config"]["virtual_hosts"][0]["routes"][0]["match"]["headers"].pop()),
+    ),
+    Mistake(
+        "the gateway may not ask for room",
+        "calls_are_allowed",
+        lambda o: at(o, "NetworkPolicy", "gateway", "spec", "egress", 0, "ports").pop(),
+    ),
+    Mistake(
+        "a gateway that asks once a minute before its first call",
+        "gateway_notices_the_dead",
+        envoy(lambda c: cluster(c)["health_checks"][0].pop("no_traffic_interval")),
     ),
     Mistake(
         "the hash comes after what has none",

@@ -23,7 +23,7 @@ Object = dict[str, Any]
 Rule = Callable[["Fleet"], Iterator[str]]
 RULES: dict[str, Rule] = {}
 # Checked against a live Envoy (test_k8s_gateway.py); the servers' own against a live server (test_k8s_metrics.py).
-ENVOY = {"envoy_cluster_membership_healthy"}
+ENVOY = {"envoy_cluster_membership_healthy", "envoy_cluster_membership_degraded"}
 CLUSTER_WIDE = {"Namespace", "PriorityClass"}
 LABELS = {"namespace", "le", "envoy_cluster_name"} | {label for _, _, labels, _ in TABLE.values() for label in labels}
 VIEWERS = {  # calls that may pass the gateway
@@ -33,10 +33,7 @@ VIEWERS = {  # calls that may pass the gateway
     "/inference.GRPCInferenceService/ModelReady",
     "/grpc.health.v1.Health/Check",
 }
-CLUSTERS = {
-    "triton": "triton",
-    "triton-any": "triton-open",
-}  # of Envoy -> Service: all servers; with room for new streams
+CLUSTERS = ("triton", "triton-hashed")  # of Envoy, both of all servers
 OPERATORS = {"or", "and", "unless", "bool", "offset"}
 
 
@@ -423,7 +420,7 @@ def references_resolve(fleet: Fleet) -> Iterator[str]:
 def service_is_headless(fleet: Fleet) -> Iterator[str]:
     for item in fleet.of("Service"):
         spec = item["spec"]
-        if item["metadata"]["name"] in CLUSTERS.values() and spec.get("clusterIP") != "None":
+        if item["metadata"]["name"] == "triton" and spec.get("clusterIP") != "None":
             yield f"Service {item['metadata']['name']}: hides the pods behind one address"
         if spec.get("type", "ClusterIP") != "ClusterIP" or spec.get("publishNotReadyAddresses"):
             yield f"Service {item['metadata']['name']}: is open to the outside, or names pods that are not ready"
@@ -505,11 +502,11 @@ def allowed(fleet: Fleet, pod: str, direction: str, peer: str, port: str) -> boo
 
 
 @rule
-def only_the_controller_moves_streams(fleet: Fleet) -> Iterator[str]:
-    """The servers' admin port has no passwords."""
+def few_reach_the_admin_port(fleet: Fleet) -> Iterator[str]:
+    """The servers' has no passwords. Gateways only ask for room there: no route of theirs leads to it."""
     for item in fleet.of("NetworkPolicy"):
         for entry in item["spec"].get("ingress", []):
-            others = peers(fleet, entry, "from") - {"stream-controller"}
+            others = peers(fleet, entry, "from") - {"stream-controller", "gateway"}
             if others and any(str(known["port"]) in ("admin", "8003") for known in entry.get("ports", [])):
                 yield f"NetworkPolicy {item['metadata']['name']}: {', '.join(sorted(others))} may move streams"
 
@@ -540,7 +537,8 @@ def scraping_is_allowed(fleet: Fleet) -> Iterator[str]:
 def calls_are_allowed(fleet: Fleet) -> Iterator[str]:
     names = [name for name, _, _ in fleet.pods()]
     calls = [("gateway", "triton", "grpc"), ("triton", "otel-collector", "otlp-http"), ("triton", "redis", "redis")]
-    calls += [("stream-controller", "triton", "metrics"), ("stream-controller", "triton", "admin")]
+    calls += [(source, "triton", "admin") for source in ("gateway", "stream-controller")]
+    calls += [("stream-controller", "triton", "metrics")]
     for source, target, port in calls:
         if not {source, target} <= set(names):
             continue
@@ -706,8 +704,9 @@ def gateway_notices_the_dead(fleet: Fleet) -> Iterator[str]:
     for name in CLUSTERS:
         options = fleet.cluster(name).get("typed_extension_protocol_options", {})
         sides[name] = next(iter(options.values()), {}).get("explicit_http_config", {}).get("http2_protocol_options", {})
-        if not fleet.cluster(name).get("health_checks"):
-            yield f"Envoy: {name} is not checked"
+        checks = fleet.cluster(name).get("health_checks")
+        if not checks or checks[0].get("no_traffic_interval") != checks[0]["interval"]:
+            yield f"Envoy: {name} is not checked, or once a minute before its first call"
     for side, found in sides.items():
         alive = found.get("connection_keepalive", {})
         if not 5 < seconds(alive.get("interval", "0s")) <= 60 or not seconds(alive.get("timeout", "0s")):
@@ -730,15 +729,37 @@ def gateway_goes_by_pin_then_hash(fleet: Fleet) -> Iterator[str]:
         yield "Envoy: the pin is not looked at first"
     elif manager["http_filters"][0]["typed_config"].get("strict"):
         yield "Envoy: a pin to a pod that is gone fails instead of falling back"
-    first, *others = stream_routes(manager)
-    if first["match"].get("headers") != [{"name": "x-fastar-stream", "present_match": True}]:
-        yield "Envoy: calls with a stream's id do not come first"
+    first, *_ = stream_routes(manager)
+    if first["match"].get("headers") != [
+        {"name": "x-fastar-stream", "present_match": True},
+        {"name": "x-fastar-pod", "present_match": False},
+    ]:
+        yield "Envoy: calls with a stream's id and no pin do not come first"
     if first["route"].get("hash_policy") != [{"header": {"header_name": "x-fastar-stream"}}]:
         yield "Envoy: a stream's id is not hashed"
     if fleet.cluster(first["route"]["cluster"]).get("lb_policy") != "MAGLEV":
         yield "Envoy: not MAGLEV: streams would be moved when pods come and go"
-    if [fleet.cluster(route["route"]["cluster"]).get("lb_policy") for route in others] != ["LEAST_REQUEST"]:
-        yield "Envoy: calls without an id meet full pods"
+
+
+@rule
+def gateway_looks_for_room(fleet: Fleet) -> Iterator[str]:
+    """Calls with a pin and calls that need a place are counted together, and pods say whether they have one."""
+    others = [route for route in stream_routes(fleet.listener("streams")) if "headers" not in route["match"]]
+    if [route["route"]["cluster"] for route in others] != ["triton"]:
+        yield "Envoy: not all calls with a pin or without an id are of the one cluster that counts them"
+    cluster = fleet.cluster("triton")
+    if cluster.get("lb_policy") != "LEAST_REQUEST":
+        yield "Envoy: new streams go to any pod"
+    if cluster["health_checks"][0].get("http_health_check") != {"path": "/placement"}:
+        yield "Envoy: pods are not asked whether they have room"
+    assignment = cluster["load_assignment"]
+    most = max((scaler["spec"]["maxReplicaCount"] for scaler in fleet.of("ScaledObject")), default=2)
+    if assignment.get("policy", {}).get("overprovisioning_factor", 140) < 100 * most:
+        yield f"Envoy: with one pod of {most} open, others get calls, too"
+    asked = assignment["endpoints"][0]["lb_endpoints"][0]["endpoint"].get("health_check_config", {}).get("port_value")
+    _, _, spec = next(fleet.pods("triton"))
+    if not str(asked) == variables(fleet.server()).get("FASTAR_ADMIN_PORT") == str(ports_of(spec).get("admin")):
+        yield f"Envoy: no server says at port {asked} whether it has room"
 
 
 @rule
@@ -754,14 +775,12 @@ def gateway_is_no_back_door(fleet: Fleet) -> Iterator[str]:
 @rule
 def gateway_finds_the_servers(fleet: Fleet) -> Iterator[str]:
     ports = {s["metadata"]["name"]: [p["port"] for p in s["spec"]["ports"]] for s in fleet.of("Service")}
-    for name, service in CLUSTERS.items():
+    for name in CLUSTERS:
         cluster = fleet.cluster(name)
         endpoint = cluster["load_assignment"]["endpoints"][0]["lb_endpoints"][0]["endpoint"]
         address = endpoint["address"]["socket_address"]
         if cluster["type"] != "STRICT_DNS" or address["port_value"] not in ports.get(address["address"], []):
             yield f"Envoy: {cluster['type']} {address['address']}:{address['port_value']} does not name every pod"
-        if address["address"] != service:
-            yield f"Envoy: {name} asks {address['address']}, not {service}: pins and new streams need other pods"
 
 
 @rule

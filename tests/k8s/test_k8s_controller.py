@@ -52,10 +52,17 @@ def test_full_draining_and_silent_pods_are_closed_and_come_back():
         everyone = {"triton-0", "triton-1", "triton-2"}
         eventually(lambda: all(api.costs().values()))
         assert api.opened() == everyone
+        assert not [server.closed for server in servers if server.closed], "a pod opens by itself"
         servers[0].streams = 2
         eventually(lambda: api.opened() == everyone - {"triton-0"})
+        eventually(lambda: servers[0].closed.count("/close?seconds=60") > 3)  # else it would open again by itself
         servers[0].streams = 1
         eventually(lambda: api.opened() == everyone)
+        assert servers[0].closed[-1] == "/close?seconds=0"
+        told = len(servers[0].closed)
+        rounds(api)
+        assert len(servers[0].closed) == told
+        assert not servers[1].closed
         servers[1].draining = 1
         eventually(lambda: api.opened() == everyone - {"triton-1"})
         servers[1].draining = 0
@@ -105,6 +112,7 @@ def test_a_slow_pod_sends_one_stream_on_and_then_waits():
         assert process.metric("moves_total") == 2
         servers[0].refuses = True
         eventually(lambda: watch(0, 1) or process.metric('errors_total{call="move"}') == 1)
+        assert process.metric('errors_total{call="close"}') >= 1
         servers[2].streams = 4
         eventually(lambda: watch(0, 1) or api.costs()["triton-2"] == "400")
         count, until = len(servers[0].asked), time.monotonic() + 1.8

@@ -10,8 +10,8 @@ import types
 
 import pytest
 from fake_api import CODE, Server
+from fastar_controller.admin import AdminError, close, move
 from fastar_controller.health import Health, Limits, slowest_tenth
-from fastar_controller.move import MoveError, move
 from fastar_controller.placement import Pod, open_pods, room_wanted, to_move
 from fastar_controller.scrape import Reading, ScrapeError, parse, scrape
 from fastar_controller.status import Status
@@ -164,29 +164,35 @@ def test_what_is_read_and_what_is_not():
 
 
 def test_a_server_understands_what_it_is_asked():
-    asked = []
-    admin = Admin("127.0.0.1", 0, asked.append)
+    moved, closed = [], []
+    admin = Admin("127.0.0.1", 0, types.SimpleNamespace(move=moved.append, close=closed.append))
     url = f"http://127.0.0.1:{admin.port}"
     move(url, 1, 2.0)
-    assert asked == [1]
-    with pytest.raises(MoveError, match="400"):
+    close(url, loop.CLOSED_SECONDS, 2.0)
+    close(url, 0, 2.0)
+    assert (moved, closed) == ([1], [loop.CLOSED_SECONDS, 0])
+    with pytest.raises(AdminError, match="400"):
         move(url, 201, 2.0)
     admin.stop()
-    with pytest.raises(MoveError, match=url):
+    with pytest.raises(AdminError, match=url):
         move(url, 1, 2.0)
 
 
-def test_who_lost_the_lease_writes_nothing_more():
+def test_who_lost_the_lease_writes_and_tells_nothing_more(monkeypatch):
     """Even in the middle of a round."""
-    pod = api.Found("triton-0", "http://127.0.0.1:1/metrics", None, True, False)
+    pod = api.Found("triton-0", "http://127.0.0.1:1/metrics", None, True, False, "http://127.0.0.1:1")
     written: list[str] = []
+    told: list[str] = []
+    monkeypatch.setattr(loop, "close", lambda url, *_: told.append(url))
     for leads in (False, True):
         pods = types.SimpleNamespace(patch=lambda name, *_: written.append(name))
         one = loop.Controller(pods, types.SimpleNamespace(leads=leads), Status(), loop.Settings())
         one.known = {"triton-0": Health()}
         one.known["triton-0"].see(Reading(1, 2, False, {}), 0.0, LIMITS)
         one._write(pod, True)
+        one._tell(pod, False)
         assert written == ["triton-0"] * leads
+        assert told == [pod.admin] * leads
 
 
 def test_outside_of_a_cluster_it_says_what_it_needs():

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import collections
-import concurrent.futures
 import contextlib
 import secrets
 import threading
@@ -15,40 +14,13 @@ from collections.abc import Iterator
 import grpc
 import policy
 import pytest
-from running_envoy import gateway
-
-STREAM = "/inference.GRPCInferenceService/ModelStreamInfer"
-SERVING = b"\x08\x01"  # grpc.health.v1.HealthCheckResponse
-
-
-class Server:
-    """Answers each message of a stream with its own name; and is healthy."""
-
-    def __init__(self, name: str) -> None:
-        self.name = name
-        self.server = grpc.server(concurrent.futures.ThreadPoolExecutor(16))
-        streams = {"ModelStreamInfer": grpc.stream_stream_rpc_method_handler(self.answer)}
-        health = {"Check": grpc.unary_unary_rpc_method_handler(lambda request, context: SERVING)}
-        self.server.add_generic_rpc_handlers(
-            (
-                grpc.method_handlers_generic_handler("inference.GRPCInferenceService", streams),
-                grpc.method_handlers_generic_handler("grpc.health.v1.Health", health),
-            )
-        )
-        self.port = self.server.add_insecure_port("127.0.0.1:0")
-        self.server.start()
-
-    def answer(self, messages, context):
-        for _ in messages:
-            yield self.name.encode()
-
-    def stop(self) -> None:
-        self.server.stop(None).wait()
+from running_envoy import WORKERS, gateway
+from small_server import STREAM, SmallServer, ask, pins
 
 
 @pytest.fixture(scope="module")
 def servers():
-    servers = [Server(f"triton-{index}") for index in range(3)]
+    servers = [SmallServer(f"triton-{index}") for index in range(3)]
     yield servers
     for server in servers:
         server.stop()
@@ -56,7 +28,7 @@ def servers():
 
 @pytest.fixture(scope="module")
 def running(servers, tmp_path_factory):
-    with gateway(tmp_path_factory.mktemp("envoy"), [server.port for server in servers]) as running:
+    with gateway(tmp_path_factory.mktemp("envoy"), [server.ports for server in servers]) as running:
         running.wait_for(3)
         yield running
 
@@ -65,15 +37,6 @@ def running(servers, tmp_path_factory):
 def channel(running):
     with grpc.insecure_channel(running.url) as channel:
         yield channel
-
-
-def ask(channel: grpc.Channel, **headers: str) -> tuple[str, str]:
-    """One short stream -> name of its server; the pin that came back, "" where it is the one that was sent."""
-    metadata = [(f"x-fastar-{name}", value) for name, value in headers.items()]
-    call = channel.stream_stream(STREAM)(iter([b"1", b"2"]), metadata=metadata, timeout=10)
-    answers = {answer.decode() for answer in call}
-    assert len(answers) == 1, "one call, one server"
-    return answers.pop(), dict(call.initial_metadata()).get("x-fastar-pod", "")
 
 
 def test_a_stream_comes_back_to_its_server(channel):
@@ -85,8 +48,9 @@ def test_a_stream_comes_back_to_its_server(channel):
 
 
 @contextlib.contextmanager
-def live_calls(channel: grpc.Channel, count: int) -> Iterator[list[str]]:
+def live_calls(channel: grpc.Channel, count: int, **headers: str) -> Iterator[list[str]]:
     """Opens so many streams one after the other; the names of their servers."""
+    metadata = [(f"x-fastar-{name}", value) for name, value in headers.items()]
     stop, calls, names = threading.Event(), [], []
 
     def messages():
@@ -95,7 +59,7 @@ def live_calls(channel: grpc.Channel, count: int) -> Iterator[list[str]]:
 
     try:
         for _ in range(count):
-            calls.append(channel.stream_stream(STREAM)(messages(), timeout=30))
+            calls.append(channel.stream_stream(STREAM)(messages(), metadata=metadata, timeout=30))
             names.append(next(calls[-1]).decode())  # it is there before the next one comes
         yield names
     finally:
@@ -111,14 +75,38 @@ def test_calls_without_an_id_go_where_there_is_room(channel):
         assert collections.Counter(names) == {f"triton-{index}": 4 for index in range(3)}
 
 
+def test_a_call_that_went_back_to_its_server_counts_there(channel):
+    """Six went by pins to one server, as resumes do: the next twelve find the two others."""
+    known = pins(channel, 3)
+    with live_calls(channel, 6, pod=known["triton-1"]) as back, live_calls(channel, 12) as names:
+        assert set(back) == {"triton-1"}
+        assert collections.Counter(names) == {"triton-0": 6, "triton-2": 6}
+
+
+def test_full_and_closed_servers_get_no_new_streams_while_another_is_open(running, channel, servers):
+    """Their own come back to them; and if none is open, the least busy is asked: it knows why it refuses."""
+    known = pins(channel, 3)
+    servers[0].state, servers[2].state = "full", "closed"
+    try:
+        running.wait_for_open(1)
+        with live_calls(channel, 5) as names:
+            assert set(names) == {"triton-1"}
+            assert ask(channel)[0] == "triton-1"
+            for name, pin in known.items():
+                assert ask(channel, pod=pin)[0] == name
+            servers[1].state = "full"
+            running.wait_for_open(0)
+            assert {ask(channel)[0] for _ in range(20)} == {"triton-0", "triton-2"}
+    finally:
+        for server in servers:
+            server.state = "open"
+    running.wait_for_open(3)
+
+
 def test_a_pin_comes_before_the_hash(channel):
     stream = secrets.token_hex(8)
     hashed, _ = ask(channel, stream=stream)
-    pins = {}
-    while len(pins) < 3:
-        name, pin = ask(channel, stream=secrets.token_hex(8))
-        pins[name] = pin
-    for name, pin in pins.items():
+    for name, pin in pins(channel, 3).items():
         assert ask(channel, pod=pin) == (name, "")
         assert ask(channel, stream=stream, pod=pin) == (name, "")
     assert ask(channel, stream=stream)[0] == hashed
@@ -127,8 +115,8 @@ def test_a_pin_comes_before_the_hash(channel):
 @pytest.mark.parametrize("pin", ["MTAuMC4wLjE6ODAwMQ==", "not base64 at all", "MTI3LjAuMC4xOjIy"])
 def test_a_pin_to_no_server_falls_back(channel, pin):
     """Also: nobody reaches an address of his choice through the gateway (the last one is 127.0.0.1:22)."""
-    stream = secrets.token_hex(8)
-    assert ask(channel, stream=stream, pod=pin)[0] == ask(channel, stream=stream)[0]
+    assert ask(channel, pod=pin)[0] in pins(channel, 3)
+    assert ask(channel, stream=secrets.token_hex(8), pod=pin)[0] in pins(channel, 3)
 
 
 @pytest.mark.parametrize("method", ["RepositoryModelLoad", "SystemSharedMemoryRegister", "ModelInfer", "TraceSetting"])
@@ -149,13 +137,11 @@ def test_the_status_port_shows_metrics_and_no_more(running):
 
 def test_calls_pass_over_a_server_that_has_just_gone(servers, tmp_path):
     """As nothing is known of it yet, and it has the fewest calls; also a pin to it."""
-    gone = Server("gone")
-    with gateway(tmp_path, [gone.port, *(server.port for server in servers)]) as running:
+    gone = SmallServer("gone")
+    with gateway(tmp_path, [gone.ports, *(server.ports for server in servers)]) as running:
         running.wait_for(4)
         with grpc.insecure_channel(running.url) as channel:
-            name, pin = "", ""
-            while name != gone.name:
-                name, pin = ask(channel, stream=secrets.token_hex(8))
+            pin = pins(channel, 4)[gone.name]
             with live_calls(channel, 8):
                 gone.stop()
                 names = [ask(channel)[0] for _ in range(12)]
@@ -165,13 +151,13 @@ def test_calls_pass_over_a_server_that_has_just_gone(servers, tmp_path):
 
 def test_the_last_server_gets_all_calls(servers, tmp_path):
     """Though it has the most, and nearly all others are gone."""
-    gone = [Server(f"gone-{index}") for index in range(3)]
-    with gateway(tmp_path, [server.port for server in (servers[1], *gone)]) as running:
+    gone = [SmallServer(f"gone-{index}") for index in range(3)]
+    with gateway(tmp_path, [server.ports for server in (servers[1], *gone)]) as running:
         running.wait_for(4)
         for server in gone:
             server.stop()
         running.wait_for(1)
-        time.sleep(1.2)  # Envoy's workers hear of changes once a second
+        time.sleep(WORKERS)
         with grpc.insecure_channel(running.url) as channel, live_calls(channel, 4):
             assert {ask(channel)[0] for _ in range(8)} == {servers[1].name}
             assert {ask(channel, stream=secrets.token_hex(8))[0] for _ in range(8)} == {servers[1].name}
@@ -192,4 +178,4 @@ def test_a_lost_server_moves_its_streams_and_no_others(running, channel, servers
     assert sum(after[stream] != before[stream][0] for stream in others) <= 1  # MAGLEV: very few, RING_HASH: more
     assert lost.name not in after.values()
     stream = next(stream for stream in streams if before[stream][0] == lost.name)
-    assert ask(channel, stream=stream, pod=before[stream][1])[0] == after[stream], "a pin to it falls back"
+    assert ask(channel, stream=stream, pod=before[stream][1])[0] in after.values(), "a pin to it falls back"

@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import re
 import time
+import urllib.parse
 import urllib.request
 
 import policy
@@ -24,7 +25,7 @@ RATE = 12.0  # FPS of the viewer
 def server(tiny_world):
     settings = ServeSettings(
         http_port=0, grpc_port=0, metrics_port=0, world=str(tiny_world), device="cpu", threads=1, max_streams=1,
-        snapshot_chunks=2, attention={"kind": "fastar", "budget_frames": 4, "recent_frames": 2},
+        admin_port=0, snapshot_chunks=2, attention={"kind": "fastar", "budget_frames": 4, "recent_frames": 2},
     )  # fmt: skip
     with Server(settings) as server:
         yield server
@@ -32,16 +33,19 @@ def server(tiny_world):
 
 @pytest.fixture(scope="module")
 def running(server, tmp_path_factory):
-    with gateway(tmp_path_factory.mktemp("envoy"), [server.ports["grpc"]]) as running:
-        running.wait_for(1)  # Triton answers the gateway's gRPC health checks
+    ports = server.ports["grpc"], urllib.parse.urlsplit(server.admin_url).port
+    with gateway(tmp_path_factory.mktemp("envoy"), [ports]) as running:
+        running.wait_for(1)  # the server answers both kinds of health checks
+        running.wait_for_open(1)
         yield running
 
 
 async def watch(running: Gateway) -> None:
-    """One viewer, refused a second time; slow for a moment, so that a chunk is late."""
+    """One viewer, refused a second time, as the only server is full; slow for a moment, so that a chunk is late."""
     async with connect(running.url) as c:
         async with c.stream(PROMPT, fps=RATE, seed=1) as stream:
             chunk = await anext(stream)
+            await asyncio.to_thread(running.wait_for_open, 0)
             async with c.stream(PROMPT, seed=2) as refused:
                 with pytest.raises(ResourceExhausted):
                     await anext(refused)

@@ -140,15 +140,20 @@ def test_fleets_of_one_cluster_do_not_mix(rules):
     run(rules, steady() | other, [value(f"fastar:slots_wanted{{{FLEET}}}", "30m", 5)])
 
 
+def gateway(kind: str, values: str) -> dict[str, str]:
+    """What one says of the servers that it finds."""
+    return {f'envoy_cluster_membership_{kind}{{{FLEET}, pod="gateway-0", envoy_cluster_name="triton"}}': values}
+
+
 @pytest.mark.parametrize(
     ("alert", "series", "severity", "summary"),
     [
         ("FastarNoServer", {}, "critical", "No server of fastar has reported for five minutes."),
         (
             "FastarNoHealthyUpstream",
-            {f'envoy_cluster_membership_healthy{{{FLEET}, pod="gateway-1", envoy_cluster_name="triton"}}': "0x240"},
+            gateway("healthy", "0x240") | gateway("degraded", "0x240"),
             "critical",
-            "No gateway of fastar finds a healthy server.",
+            "No gateway of fastar finds a server that lives.",
         ),
         (
             "FastarSnapshotsFail",
@@ -181,7 +186,7 @@ def test_fleets_of_one_cluster_do_not_mix(rules):
 def test_alerts(rules, alert, series, severity, summary):
     expected = {"exp_labels": {"severity": severity, "namespace": "fastar"}, "exp_annotations": {"summary": summary}}
     quiet = steady() | pods("fastar_snapshots_total", "0+1x240", more=', result="stored"')
-    quiet |= {f'envoy_cluster_membership_healthy{{{FLEET}, pod="gateway-0", envoy_cluster_name="triton"}}': "2x240"}
+    quiet |= gateway("healthy", "0x240") | gateway("degraded", "2x240")  # all full
     at = {"alertname": alert, "eval_time": "50m"}
     run(rules, quiet, [], [at | {"exp_alerts": []}])
     run(rules, series, [], [at | {"exp_alerts": [expected]}])

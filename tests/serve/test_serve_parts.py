@@ -5,8 +5,6 @@ from __future__ import annotations
 import json
 import logging
 import sys
-import urllib.error
-import urllib.request
 from pathlib import Path
 
 import pytest
@@ -19,7 +17,6 @@ from fastar_backend.cli import app
 from fastar_backend.config import AttentionConfig, ExecutionConfig, parse
 from fastar_backend.errors import InvalidInput
 from fastar_backend.serve import ServerError, ServeSettings, install, runtime
-from fastar_backend.serve.admin import Admin
 from fastar_backend.serve.logs import ServerLog
 from fastar_backend.serve.server import free_ports
 from fastar_backend.service.config import ServiceConfig
@@ -73,31 +70,6 @@ def test_errors_of_settings_do_not_show_a_stores_password():
         parse(ServeSettings, values, "serve")
     assert "redis://***@127" in str(refused.value)
     assert "s3cret" not in str(refused.value)
-
-
-def test_the_admin_port_answers_what_it_cannot_do():
-    """No server runs; another has its port; its streams have nowhere to go."""
-    server = serve.Server(ServeSettings(admin_port=0))
-    with pytest.raises(ServerError, match="not running"):
-        server.move(1)
-    said = []
-
-    def move(streams: int) -> None:
-        said.append(streams)
-        raise ServerError("streams: nowhere to go on; allowed: with --snapshots that other servers share")
-
-    admin = Admin("127.0.0.1", 0, move)
-    try:
-        with pytest.raises(InvalidInput, match=r"--admin-port: port \d+ of 127.0.0.1: address already in use"):
-            Admin("127.0.0.1", admin.port, move)
-        request = urllib.request.Request(f"http://127.0.0.1:{admin.port}/move?streams=3", method="POST")
-        with pytest.raises(urllib.error.HTTPError) as refused:
-            urllib.request.urlopen(request, timeout=5)
-        assert (refused.value.code, said) == (409, [3])
-        assert b"nowhere to go on" in refused.value.read()
-        refused.value.close()
-    finally:
-        admin.stop()
 
 
 def test_the_command_line_says_how_to_execute(monkeypatch):

@@ -11,7 +11,7 @@ from kubernetes import client, config
 from kubernetes.client.exceptions import ApiException
 
 COST = "controller.kubernetes.io/pod-deletion-cost"
-PLACEMENT = "fastar/placement"  # the Service `triton-open` selects `open`
+PLACEMENT = "fastar/placement"  # for the next leader, and for people: pods themselves are told by their admin port
 ERRORS = (ApiException, urllib3.exceptions.HTTPError, http.client.HTTPException, OSError, ValueError)
 MERGE = "application/merge-patch+json"
 
@@ -57,7 +57,7 @@ class Pods:
                 name=meta.name,
                 url=url_of(pod, "metrics", "/metrics"),
                 cost=(meta.annotations or {}).get(COST),
-                open=(meta.labels or {}).get(PLACEMENT) == "open",
+                open=(meta.labels or {}).get(PLACEMENT) != "closed",  # a new pod has no label
                 leaving=meta.deletion_timestamp is not None,
                 admin=url_of(pod, "admin"),
             )

@@ -28,7 +28,7 @@ def control(
     selector: Annotated[str, typer.Option(help="Labels of the servers.")] = "app.kubernetes.io/name=triton",
     target: Annotated[float, typer.Option(help="Frames per second that viewers were promised.", min=0.1)] = 16.0,
     room: Annotated[int, typer.Option(help="Free slots to keep open, at least.", min=1)] = 8,
-    interval: Annotated[float, typer.Option(help="Seconds between two looks.", min=0.05)] = 5.0,
+    interval: Annotated[float, typer.Option(help="Seconds between two looks.", min=0.05, max=30)] = 5.0,
     timeout: Annotated[float, typer.Option(help="Seconds that a server may take to answer.", min=0.05)] = 2.0,
     window: Annotated[float, typer.Option(help="Seconds over which frame rates are looked at.", min=0.1)] = 60.0,
     hold: Annotated[float, typer.Option(help="Seconds below the target until it closes a pod.", min=0)] = 30.0,
@@ -42,7 +42,8 @@ def control(
     port: Annotated[int, typer.Option(help="Of /metrics and /healthz.", min=0, max=65535)] = 8080,
     api: Annotated[str | None, typer.Option(help="Address of the API server, outside a cluster.")] = None,
 ) -> None:
-    """Keeps pod-deletion-cost and the label fastar/placement of the servers' pods up to date, until SIGTERM."""
+    """Until SIGTERM: keeps the pods' deletion cost up to date, and tells them when new streams should go elsewhere, and
+    slow ones to send some on."""
     try:
         client = connect(api)
         namespace = namespace or HERE.read_text().strip()

@@ -7,22 +7,23 @@ import dataclasses
 import threading
 import time
 
+from fastar_controller.admin import AdminError, close, move
 from fastar_controller.api import ERRORS, Found, Pods, reason
 from fastar_controller.health import Health, Limits
 from fastar_controller.lease import Leader
-from fastar_controller.move import MoveError, move
 from fastar_controller.placement import Pod, deletion_cost, open_pods, room_wanted, to_move
 from fastar_controller.scrape import Reading, ScrapeError, scrape
 from fastar_controller.status import Status
 
 LONGEST_PAUSE = 30.0  # seconds, after errors
+CLOSED_SECONDS = 60  # that a pod stays closed without being told again: well above the longest pause
 SCRAPERS = 32  # at once
 
 
 @dataclasses.dataclass(frozen=True)
 class Settings:
-    """In seconds: interval, timeout (of a scrape), move_every (between two streams that a slow pod sends on; 0: none).
-    room: free slots to keep open at least."""
+    """In seconds: interval, timeout (of a server's answer), move_every (between two streams that a slow pod sends on;
+    0: none). room: free slots to keep open at least."""
 
     interval: float = 5.0
     timeout: float = 2.0
@@ -65,6 +66,7 @@ class Controller:
                 self.known[pod.name].see(reading, time.monotonic(), self.settings.limits)
         pods = self.ready(found)
         opened = open_pods(pods, room_wanted(pods, self.settings.room))
+        list(scrapers.map(lambda pod: self._tell(pod, pod.name in opened), asked))
         for pod in found:
             self._write(pod, pod.name in opened if pod.url else None)
         self._relieve(found, to_move(pods, opened))
@@ -85,6 +87,15 @@ class Controller:
             pods.append(Pod(pod.name, last.streams, last.slots, pod.open, fit, leaving, slow))
         return pods
 
+    def _tell(self, pod: Found, open_: bool) -> None:
+        """Closed ones again and again: they open by themselves when nobody leads. One that does not answer is left."""
+        if not pod.admin or pod.leaving or (open_ and pod.open) or not self.leader.leads:
+            return
+        try:
+            close(pod.admin, 0 if open_ else CLOSED_SECONDS, self.settings.timeout)
+        except AdminError as error:
+            self.status.error("close", str(error))
+
     def _relieve(self, found: list[Found], names: list[str]) -> None:
         """Where the rates of the last window may show what the stream before has helped."""
         now = time.monotonic()
@@ -99,7 +110,7 @@ class Controller:
             try:
                 move(pod.admin, 1, self.settings.timeout)
                 self.status.moved()
-            except MoveError as error:
+            except AdminError as error:
                 self.status.error("move", str(error))
 
     def _ask(self, pod: Found) -> Reading | None:

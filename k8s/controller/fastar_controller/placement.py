@@ -42,7 +42,7 @@ def room_wanted(pods: Iterable[Pod], least: int) -> int:
 
 def open_pods(pods: Iterable[Pod], room: int) -> set[str]:
     """Names of the pods that take new streams: of those that are fit and have a slot, the fullest, until `room` slots
-    are free. One that is open stays open until twice as many are free without it, so that labels do not flutter.
+    are free. One that is open stays open until twice as many are free without it, so that pods do not flutter.
 
     If no such pod is there, the full ones that are fit stay open, else all that do not leave: a server refuses with a
     reason and a time to come back, and its refusals make the autoscaler add pods. A gateway without pods does neither.

@@ -26,7 +26,7 @@ class Status:
         self._moves = of(Counter, "moves", "Streams that slow pods were asked to send on")
         self._errors = of(Counter, "errors", "Calls that failed", ("call",))
         self._leader = of(Gauge, "leader", "1 while this one leads")
-        for call in ("api", "lease", "move", "scrape"):
+        for call in ("api", "close", "lease", "move", "scrape"):
             self._errors.labels(call)
         self._alive = time.monotonic()
         self._said: dict[str, float] = {}
