@@ -203,21 +203,27 @@ def test_state_that_does_not_fit_is_refused():
 
 def test_sparse_attention_finds_what_dense_finds():
     """AnnSA by blocks on keys that lie in order: half of the blocks hold nearly all the mass; all blocks are dense."""
-    shape = shape_of(frame_tokens=128, chunk=1, reach=2)
-    dense = AttentionConfig(kind="fastar", budget_frames=7, recent_frames=6)
+    shape, config = shape_of(frame_tokens=128, chunk=1, reach=2), AttentionConfig(budget_frames=7, recent_frames=6)
+    caches, generator = FlatCaches(shape, config, 1), torch.Generator().manual_seed(4)
+    directions = 4 * torch.randn(6, shape.heads, shape.head_dim, generator=generator)
+
+    def step(caches: FlatCaches, index: int, noise: torch.Tensor) -> torch.Tensor:
+        key = directions[index % 6] + noise[0]  # a frame is a place
+        query = directions[torch.arange(128) * 6 // 128] + noise[1]  # like content is near in the picture
+        caches.begin(index)
+        out = caches[0].attend(query.to(DEVICE), key.to(DEVICE), noise[2].to(DEVICE), 1.0, True)
+        caches.commit()
+        return out
+
+    frames = torch.randn(7, 3, 128, shape.heads, shape.head_dim, generator=generator)
+    for index in range(6):
+        step(caches, index, frames[index])
     outs = {}
     for density, order in ((1.0, "place"), (0.999, "place"), (0.5, "place"), (0.5, "bucket")):
-        caches = FlatCaches(shape, dense.model_copy(update={"sparse_density": density, "sparse_order": order}), 1)
-        generator = torch.Generator().manual_seed(4)
-        directions = 4 * torch.randn(6, shape.heads, shape.head_dim, generator=generator)
-        for index in range(7):
-            noise = torch.randn(3, 128, shape.heads, shape.head_dim, generator=generator)
-            key = directions[index % 6] + noise[0]  # a frame is a place
-            query = directions[torch.arange(128) * 6 // 128] + noise[1]  # like content is near in the picture
-            caches.begin(index)
-            outs[density, order] = caches[0].attend(query.to(DEVICE), key.to(DEVICE), noise[2].to(DEVICE), 1.0, True)
-            caches.commit()
-        stats = caches.stats()
+        twin = caches.fork()
+        twin.configure(config.model_copy(update={"sparse_density": density, "sparse_order": order}))
+        outs[density, order] = step(twin, 6, frames[6])
+        stats = twin.stats()
         assert stats.executed <= stats.possible * (1 if density > 0.9 else 0.75)
     whole = outs[1.0, "place"]
     assert torch.allclose(outs[0.999, "place"], whole, atol=1e-4)
