@@ -127,10 +127,10 @@ class Api(Served):
         super().__init__(Handler)
         self.url = f"http://127.0.0.1:{self.port}"
 
-    def add(self, name: str, port: int, ready: bool = True) -> None:
-        """port: of its /metrics, on 127.0.0.1."""
+    def add(self, name: str, port: int, ready: bool = True, admin: int | None = None) -> None:
+        """port: of its /metrics, on 127.0.0.1; admin: None: the same."""
         ports = [{"name": "grpc", "containerPort": 1}, {"name": "metrics", "containerPort": port}]
-        ports.append({"name": "admin", "containerPort": port})
+        ports.append({"name": "admin", "containerPort": admin or port})
         with self.lock:
             self.pods[name] = {
                 "apiVersion": "v1",

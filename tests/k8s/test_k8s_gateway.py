@@ -78,7 +78,7 @@ def test_calls_without_an_id_go_where_there_is_room(channel):
 def test_a_call_that_went_back_to_its_server_counts_there(channel):
     """Six went by pins to one server, as resumes do: the next twelve find the two others."""
     known = pins(channel, 3)
-    with live_calls(channel, 6, pod=known["triton-1"]) as back, live_calls(channel, 12) as names:
+    with live_calls(channel, 6, pod=known["triton-1"], stream="an-id") as back, live_calls(channel, 12) as names:
         assert set(back) == {"triton-1"}
         assert collections.Counter(names) == {"triton-0": 6, "triton-2": 6}
 
