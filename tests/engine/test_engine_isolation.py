@@ -133,7 +133,7 @@ class Company(RuleBasedStateMachine):
 def test_any_company_leaves_a_stream_as_it_is_alone(world):
     Company.world = world
     case = settings(
-        max_examples=50, stateful_step_count=25, deadline=None, suppress_health_check=[HealthCheck.too_slow]
+        max_examples=20, stateful_step_count=25, deadline=None, suppress_health_check=[HealthCheck.too_slow]
     )
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(Company.TestCase, "settings", case)

@@ -129,10 +129,10 @@ def test_the_decoder_remembers(folder):
     assert not np.array_equal(right.frames, wrong.frames)
 
 
-@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize(("decoder", "kind"), [("wan", "fastar"), *(("taehv", kind) for kind in KINDS)])
 @pytest.mark.parametrize("before", [0, 4])
-def test_a_snapshot_goes_on_in_another_engine_to_the_bit(folder, kind, before):
-    engine, other = load(folder), load(folder)
+def test_a_snapshot_goes_on_in_another_engine_to_the_bit(folders, decoder, kind, before):
+    engine, other = (load(folders[decoder]) for _ in range(2))
     engine.open(1, PROMPT, StreamOptions(seed=3, attention=KINDS[kind]))
     if before:
         frames(engine, 1, before)
