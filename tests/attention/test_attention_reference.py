@@ -81,10 +81,13 @@ TEMP_CACHES = [
 ]
 
 
-@pytest.mark.parametrize("sizes", SHAPES)
+@pytest.mark.parametrize(
+    ("sizes", "dtype"),
+    [*(pytest.param(*size.values, torch.float32, id=size.id) for size in SHAPES),
+     pytest.param(*SHAPES[0].values, torch.float64, id=f"{SHAPES[0].id}-float64")],
+)  # fmt: skip
 @pytest.mark.parametrize("settings", TEMP_CACHES)
-@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
-def test_temp_cache(sizes, settings, dtype):
+def test_temp_cache(sizes, dtype, settings):
     shape = shape_of(**sizes, dtype=dtype)
     config = AttentionConfig(kind="fastar", index="exact", **settings)
     chunks = 6
