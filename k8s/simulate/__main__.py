@@ -37,7 +37,7 @@ def variants(shipped: Shipped) -> dict[str, tuple[Shipped, bool]]:
     }
 
 
-def compare(shipped: Shipped, demand: Demand, seed: int) -> str:
+def compare(shipped: Shipped, demand: Demand, seed: int, slow: float) -> str:
     """Markdown: each variant, with the stream controller's placement, and with the gateway's."""
     lines = [f"| policy | placement | {' | '.join(FIGURES)} |", f"|{'---|' * (len(FIGURES) + 2)}"]
     for name, (policy, buffer) in variants(shipped).items():
@@ -45,7 +45,7 @@ def compare(shipped: Shipped, demand: Demand, seed: int) -> str:
             {"ideal": PACKED, "any pod": RANDOM} if policy is shipped and buffer else {}
         )
         for label, placement in placements.items():
-            values = simulate(policy, demand, placement, seed, buffer).summary()
+            values = simulate(policy, demand, placement, seed, buffer, slow).summary()
             cells = [f"{values[f]:.0%}" if "used" in f or "at all" in f else f"{values[f]:.4g}" for f in FIGURES]
             lines.append(f"| {name} | {label} | {' | '.join(cells)} |")
     return "\n".join(lines)
@@ -54,6 +54,13 @@ def compare(shipped: Shipped, demand: Demand, seed: int) -> str:
 def positive(text: str) -> float:
     value = float(text)
     if not 0 < value < float("inf"):
+        raise ValueError
+    return value
+
+
+def share(text: str) -> float:
+    value = float(text)
+    if not 0 <= value <= 1:
         raise ValueError
     return value
 
@@ -68,6 +75,7 @@ def main() -> None:
         "--largest", type=lambda text: int(positive(text)), help="another maxReplicaCount than what ships"
     )
     parser.add_argument("--hours", type=positive, default=24.0, help="of the day (%(default)g)")
+    parser.add_argument("--slow", type=share, default=0.0, help="share of the pods that become slow (%(default)g)")
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--compare", action="store_true", help="other policies beside the shipped one")
     parser.add_argument("--out", type=Path, default=ROOT / "images" / "day.png", help="(%(default)s)")
@@ -82,7 +90,10 @@ def main() -> None:
     demand = Demand(
         streams=arguments.streams, life=arguments.life, crowd=arguments.crowd, seconds=3600 * arguments.hours
     )
-    runs = {placement.name: simulate(shipped, demand, placement, arguments.seed) for placement in (LEAST, CONTROLLED)}
+    runs = {
+        placement.name: simulate(shipped, demand, placement, arguments.seed, slow=arguments.slow)
+        for placement in (LEAST, CONTROLLED)
+    }
     for name, run in runs.items():
         print(f"{name}: {', '.join(f'{key} {value:.4g}' for key, value in run.summary().items())}")
     title = (
@@ -92,7 +103,7 @@ def main() -> None:
     draw(runs, demand, title, arguments.out)
     print(f"wrote {arguments.out}")
     if arguments.compare:
-        print(compare(shipped, demand, arguments.seed))
+        print(compare(shipped, demand, arguments.seed, arguments.slow))
     print(table(shipped, demand.life, 16.0, limits(objects).snapshot_chunks))
 
 

@@ -1,7 +1,9 @@
 """A fleet of servers under a day's demand: streams arrive, wait, live, and are moved when their pod goes.
 
 What is simplified: a stream that is moved pauses no longer than it waits for a slot, no pod fails, every pod that is
-asked for comes after the same time, and the autoscaler sees numbers that are `LAG` seconds old.
+asked for comes after the same time, and the autoscaler sees numbers that are `LAG` seconds old. Frame rates are not
+computed: `max_streams` is what a pod carries at the promised rate, so a pod below it has a fault. A share of the pods
+may get one (`slow`): the stream controller closes these, and has each send streams on, one at a time.
 """
 
 from __future__ import annotations
@@ -22,10 +24,10 @@ from k8s.simulate.manifest import Shipped
 TICK = 5.0  # seconds
 LAG = 30.0  # scrape, rules, KEDA
 RETRY = 10.0  # seconds until a refused client asks again
-SEEN = (
-    10.0  # from the controller's look until the gateways follow: the pod's label, the Service, their next look at DNS
-)
+SEEN = TICK  # until gateways know what a pod says of its room; they look every 2 s
 ROOM = 8  # free slots that the controller keeps open, at least; as components/stream-controller says
+MOVE_EVERY = 120.0  # between two streams that a slow pod sends on
+FAULT = 3600.0
 WINDOW = 300.0  # of the rules' rate() and deriv()
 DAY = 86400.0
 
@@ -56,19 +58,21 @@ class Placement:
     packed: to the fullest pod that has a slot; the emptiest pod is removed: as if everything were known at once. Else
     through one of the gateways to the pod, of `choices` at random, that carries the fewest streams of that gateway,
     which knows no others; if that pod is full the client asks again after `RETRY`; and the youngest pod is removed.
-    controlled: the gateways know only the pods that the stream controller keeps open, and the emptiest is removed.
+    blind: the gateways do not know either which pods were full `SEEN` seconds ago, and choose among all.
+    controlled: nor do they choose one that the stream controller has closed; and the emptiest is removed.
     """
 
     name: str
     packed: bool = False
     choices: int = 1
     controlled: bool = False
+    blind: bool = False
 
 
 PACKED = Placement("ideal: fullest pod first, emptiest removed first", packed=True)
 CONTROLLED = Placement("stream controller: fullest pods open, emptiest removed first", choices=10, controlled=True)
 LEAST = Placement("gateway alone: least busy of 10 pods, youngest removed first", choices=10)  # envoy.yaml
-RANDOM = Placement("any pod, youngest removed first")
+RANDOM = Placement("any pod, youngest removed first", blind=True)
 
 
 @dataclasses.dataclass
@@ -108,27 +112,30 @@ class Run:
 
 
 class Pod:
-    __slots__ = ("open", "ready_at", "streams")
+    __slots__ = ("moved_at", "open", "ready_at", "slow_from", "streams")
 
-    def __init__(self, ready_at: float) -> None:
-        self.ready_at = ready_at
+    def __init__(self, ready_at: float, slow_from: float) -> None:
+        self.ready_at, self.slow_from = ready_at, slow_from
         self.streams: set[int] = set()
-        self.open = True  # its label
+        self.open = True  # says the controller
+        self.moved_at = ready_at  # when it last sent a stream on
 
 
 class Fleet:
     """Pods and the streams on them; streams are numbers."""
 
-    def __init__(self, slots: int, pods: int, placement: Placement, seed: int, gateways: int = 1) -> None:
+    def __init__(
+        self, slots: int, pods: int, placement: Placement, seed: int, gateways: int = 1, slow: float = 0.0
+    ) -> None:
+        """slow: share of the pods that become slow in the first `FAULT` seconds of their life."""
         self.slots, self.placement, self.random, self.gateways = slots, placement, random.Random(seed), gateways
+        self.slow, self.faults = slow, random.Random(f"faults {seed}")
         self.starting: list[Pod] = []  # by the time at which they are ready
-        self.ready: list[Pod] = [Pod(0.0) for _ in range(pods)]
+        self.ready: list[Pod] = [self._pod(0.0) for _ in range(pods)]
         self.where: dict[int, Pod] = {}
         self.by_load = [set(self.ready), *(set() for _ in range(slots))]
-        self.known = list(self.ready)  # to the gateways
-        self.closed: collections.deque[tuple[float, set[Pod]]] = (
-            collections.deque()
-        )  # seen by the gateways from then on
+        self.known = list(self.ready)  # to the gateways, as pods that take streams
+        self.closed: collections.deque[tuple[float, set[Pod]]] = collections.deque()  # seen by them from then on
 
     def __len__(self) -> int:
         return len(self.starting) + len(self.ready)
@@ -145,7 +152,8 @@ class Fleet:
         return True
 
     def _least_busy(self, gateway: int) -> Pod | None:
-        seen = self.random.sample(self.known, min(self.placement.choices, len(self.known)))
+        among = self.known or self.ready  # rather one that is full than none
+        seen = self.random.sample(among, min(self.placement.choices, len(among)))
         return min(seen, key=lambda pod: sum(one % self.gateways == gateway for one in pod.streams), default=None)
 
     def end(self, stream: int) -> None:
@@ -155,7 +163,7 @@ class Fleet:
     def scale(self, wanted: int, now: float, start_seconds: float) -> list[int]:
         """Returns the streams that lost their pod."""
         while len(self) < wanted:
-            self.starting.append(Pod(now + start_seconds))
+            self.starting.append(self._pod(now + start_seconds))
         lost: list[int] = []
         while len(self) > wanted:
             if self.starting:  # a ReplicaSet removes pods that are not ready first
@@ -173,26 +181,42 @@ class Fleet:
             del self.where[stream]
         return lost
 
-    def arrive(self, now: float) -> None:
-        """Pods that have started take streams; the controller looks, and the gateways follow."""
+    def arrive(self, now: float) -> list[int]:
+        """Pods that have started take streams; the controller looks, and the gateways follow. Returns the streams that
+        slow pods send on."""
         while self.starting and self.starting[0].ready_at <= now:
             pod = self.starting.pop(0)
             self.ready.append(pod)
             self.known.append(pod)
             self.by_load[0].add(pod)
-        if self.placement.controlled:
-            self._control(now)
-
-    def _control(self, now: float) -> None:
-        pods = {str(index): pod for index, pod in enumerate(sorted(self.ready, key=lambda pod: pod.ready_at))}
-        views = [controller.Pod(name, len(pod.streams), self.slots, pod.open) for name, pod in pods.items()]
-        opened = controller.open_pods(views, controller.room_wanted(views, ROOM))
-        for name, pod in pods.items():
-            pod.open = name in opened
-        self.closed.append((now + SEEN, {pod for pod in self.ready if not pod.open}))
+        moved = self._control(now) if self.placement.controlled else []
+        if not self.placement.blind:
+            self.closed.append((now + SEEN, {p for p in self.ready if not p.open or len(p.streams) >= self.slots}))
         while self.closed and self.closed[0][0] <= now:
             _, closed = self.closed.popleft()
             self.known = [pod for pod in self.ready if pod not in closed]
+        return moved
+
+    def _control(self, now: float) -> list[int]:
+        pods = {str(index): pod for index, pod in enumerate(sorted(self.ready, key=lambda pod: pod.ready_at))}
+        views = []
+        for name, pod in pods.items():
+            slow = pod.slow_from <= now
+            views.append(controller.Pod(name, len(pod.streams), self.slots, pod.open, fit=not slow, slow=slow))
+        opened = controller.open_pods(views, controller.room_wanted(views, ROOM))
+        for name, pod in pods.items():
+            pod.open = name in opened
+        moved = []
+        for pod in [pods[name] for name in controller.to_move(views, opened)]:
+            if now - pod.moved_at >= MOVE_EVERY:
+                pod.moved_at = now
+                moved.append(max(pod.streams))  # the newest
+                self.end(moved[-1])
+        return moved
+
+    def _pod(self, ready_at: float) -> Pod:
+        slow = self.faults.random() < self.slow
+        return Pod(ready_at, ready_at + self.faults.uniform(0.0, FAULT) if slow else math.inf)
 
     def _load(self, pod: Pod, streams: set[int]) -> None:
         self.by_load[len(pod.streams)].discard(pod)
@@ -234,11 +258,14 @@ def slope(values: collections.deque[int]) -> float:
     return float(steps @ np.fromiter(values, float, count) / (steps @ steps))
 
 
-def simulate(shipped: Shipped, demand: Demand, placement: Placement, seed: int = 0, buffer: bool = True) -> Run:
-    """A day under the shipped autoscaler. Deterministic in its arguments; arrivals depend on the seed alone."""
+def simulate(
+    shipped: Shipped, demand: Demand, placement: Placement, seed: int = 0, buffer: bool = True, slow: float = 0.0
+) -> Run:
+    """A day under the shipped autoscaler, with this share of pods that become slow. Deterministic in its arguments;
+    arrivals depend on the seed alone."""
     generator = np.random.default_rng(seed)
     start = max(shipped.smallest, math.ceil(1.2 * demand.rate(0.0) * demand.life / shipped.slots))
-    fleet = Fleet(shipped.slots, min(start, shipped.largest), placement, seed, shipped.gateways)
+    fleet = Fleet(shipped.slots, min(start, shipped.largest), placement, seed, shipped.gateways, slow)
     hpa = Hpa(shipped.behavior, shipped.target, shipped.smallest, shipped.largest)
     signal, numbers = Signal(shipped.slots, shipped.start_seconds, buffer), itertools.count()
     wanted, next_sync = len(fleet), WINDOW  # the rules need their window first
@@ -253,17 +280,16 @@ def simulate(shipped: Shipped, demand: Demand, placement: Placement, seed: int =
             if stream in fleet.where:
                 fleet.end(stream)
                 del lives[stream]
-        fleet.arrive(now)
+        lost = fleet.arrive(now)
         for _ in range(generator.poisson(demand.rate(now) * TICK)):
             heapq.heappush(queue, (now, next(numbers), now, generator.exponential(demand.life)))
-        moved = 0
         if now >= next_sync:
             next_sync += shipped.sync_seconds
             wanted = hpa.decide(now, signal.value, wanted)
-            lost = fleet.scale(wanted, now, shipped.start_seconds)
-            moved = len(lost)
-            for stream in lost:
-                heapq.heappush(queue, (now, stream, -1.0, max(lives.pop(stream) - now, TICK)))
+            lost += fleet.scale(wanted, now, shipped.start_seconds)
+        moved = len(lost)
+        for stream in lost:
+            heapq.heappush(queue, (now, stream, -1.0, max(lives.pop(stream) - now, TICK)))
         opened, refused = 0, []
         while queue and queue[0][0] <= now:
             _, stream, arrived, life = heapq.heappop(queue)

@@ -39,6 +39,7 @@ async def outlives(audience: Audience, index: int, killed: bool, caplog) -> None
     stored = [float(seconds) for seconds in re.findall(r"a stream is stored \(([\d.]+) s\)", caplog.text)]
     assert len(stored) == (0 if killed else len(moved))
     if not moved:
+        print("a server without streams went")
         return
     p50, p95, most = np.percentile(gaps, [50, 95, 100])
     slowest = f"; stored in at most {max(stored):.2f} s" if stored else ""

@@ -16,7 +16,9 @@ from k8s.simulate import __main__ as command
 from k8s.simulate import capacity
 from k8s.simulate.fleet import (
     CONTROLLED,
+    FAULT,
     LEAST,
+    MOVE_EVERY,
     PACKED,
     RANDOM,
     ROOM,
@@ -181,6 +183,58 @@ def test_the_gateways_follow_the_controller_a_while_later():
     assert deployment["containers"][0]["args"][-2:] == ["--room", str(ROOM)]
 
 
+def test_full_pods_are_passed_over_a_while_later():
+    """By gateways that do not know each other's streams; if all are full, they ask one of them."""
+    fleet = Fleet(slots=1, pods=40, placement=LEAST, seed=0, gateways=2)
+    fleet.arrive(0.0)
+    assert sum(fleet.place(stream) for stream in range(0, 40, 2)) == 20, "its own it knows at once"
+    assert not all(fleet.place(stream) for stream in range(1, 21, 2)), "those of the other one not yet"
+    for now in (1.0, 1.0 + SEEN):
+        fleet.arrive(now)
+    full = {pod for pod in fleet.ready if pod.streams}
+    assert set(fleet.known) == set(fleet.ready) - full
+    assert fleet.place(101)
+    for stream in range(200, 400):
+        fleet.place(stream)
+    for now in (20.0, 20.0 + SEEN):
+        fleet.arrive(now)
+    assert fleet.known == []
+    assert not fleet.place(999)
+    blind = Fleet(slots=1, pods=2, placement=RANDOM, seed=0)
+    assert blind.place(1)
+    for now in (0.0, SEEN):
+        blind.arrive(now)
+    assert set(blind.known) == set(blind.ready)
+
+
+def test_slow_pods_close_and_send_streams_on():
+    fleet = Fleet(slots=4, pods=6, placement=CONTROLLED, seed=0, slow=1.0)
+    for pod in fleet.ready[1:]:
+        pod.slow_from = math.inf
+    slow = fleet.ready[0]
+    for stream in range(3):
+        fleet._load(slow, slow.streams | {stream})
+        fleet.where[stream] = slow
+    assert fleet.arrive(slow.slow_from - 1) == []
+    assert 0 < slow.slow_from < FAULT
+    now = max(slow.slow_from, MOVE_EVERY)
+    assert fleet.arrive(now) == [2], "the newest"
+    assert not slow.open
+    assert fleet.arrive(now + MOVE_EVERY - 1) == []
+    assert fleet.arrive(now + MOVE_EVERY) == [1]
+    assert fleet.arrive(now + 2 * MOVE_EVERY) == [], "its only stream stays"
+    assert fleet.where == {0: slow}
+    assert slow not in fleet.known
+
+
+def test_slow_pods_make_few_wait(shipped):
+    """One in twenty: their streams are moved, the autoscaler's numbers stand."""
+    well, ill = (simulate(shipped, SHORT, CONTROLLED, seed=1, slow=slow) for slow in (0.0, 0.05))
+    assert ill.moved.sum() > well.moved.sum()
+    assert (ill.waits > TICK).mean() < (well.waits > TICK).mean() + 0.05
+    assert ill.pod_hours < 1.05 * well.pod_hours
+
+
 def test_the_signal_is_the_rules():
     """Steady: D + max(N, 2 sqrt(lambda T)); growing: and the trend."""
     signal = Signal(slots=2, start_seconds=240, buffer=True)
@@ -207,9 +261,10 @@ def test_a_day_under_what_ships(shipped):
         crowd = run.asked[(run.at >= SHORT.crowd_at) & (run.at < SHORT.crowd_at + SHORT.crowd_seconds)]
         assert crowd.max() > 1.5 * run.asked[run.at < SHORT.crowd_at].max()
     assert len(packed.waits) == pytest.approx(len(loose.waits), rel=0.01), "the same viewers"
-    assert (loose.waits > TICK).mean() < 0.5 * (blind.waits > TICK).mean(), "why the gateway looks for room"
-    assert (kept.waits > TICK).mean() < 0.5 * (loose.waits > TICK).mean(), "why there is a controller"
-    assert kept.moved.sum() <= 0.1 * max(loose.moved.sum(), 10)
+    assert (loose.waits > TICK).mean() < 0.5 * (blind.waits > TICK).mean(), "why pods say that they are full"
+    assert (loose.waits > TICK).mean() < 0.1
+    assert (kept.waits > TICK).mean() < 0.1
+    assert kept.moved.sum() <= 0.1 * max(loose.moved.sum(), 10), "why there is a controller"
     assert packed.moved.sum() <= 0.1 * max(loose.moved.sum(), 10)
     assert (packed.waits > TICK).mean() < 0.1
     assert packed.waits.max() < 2 * shipped.start_seconds
@@ -248,6 +303,7 @@ def test_the_command(monkeypatch, tmp_path, capsys):
         ("--overlay", "prod", "overlays/prod"),
         ("--streams", "-1", "invalid positive value: '-1'"),
         ("--life", "nan", "'nan'"),
+        ("--slow", "1.5", "invalid share value: '1.5'"),
     ],
 )
 def test_the_command_says_what_is_wrong(monkeypatch, capsys, option, value, said):
