@@ -18,7 +18,7 @@ COPY plugins plugins
 # The model process takes the first python3 on PATH for its home; `fastar serve` sees to it that this is the one.
 RUN python3 -m pip install virtualenv==21.15.8 \
  && python3 -m virtualenv /opt/fastar/venv \
- && /opt/fastar/venv/bin/pip install -c constraints.txt ".[wan]" "tritonclient[grpc]"
+ && /opt/fastar/venv/bin/pip install -c constraints.txt ".[redis,wan]" "tritonclient[grpc]"
 
 FROM nvcr.io/nvidia/tritonserver:${TRITON}-py3 AS serve
 COPY --from=build /opt/fastar/venv /opt/fastar/venv

@@ -3,17 +3,17 @@
 from __future__ import annotations
 
 import concurrent.futures
-import random
 import sys
 import time
 
 import pytest
 from running_redis import PASSWORD, running_redis
+from store_histories import looks_as_in_a_folder, said
 
-from fastar_backend.errors import FastarError, Superseded, UnknownStream
+from fastar_backend.errors import Superseded, UnknownStream
 from fastar_backend.service import redis_store
 from fastar_backend.service.redis_store import RedisStore
-from fastar_backend.service.store import SnapshotStore, StoreError, open_store
+from fastar_backend.service.store import StoreError, open_store
 
 FREE_PORT = "127.0.0.1:1"  # nobody listens there
 
@@ -33,36 +33,10 @@ def store(server):
     store.redis.close()
 
 
-def said(act, *arguments):
-    """What it returned, or which error it raised."""
-    try:
-        return act(*arguments)
-    except FastarError as error:
-        return type(error), str(error)
-
-
 @pytest.mark.parametrize("seed", range(4))
 def test_any_history_looks_as_in_a_folder(store, tmp_path, seed, monkeypatch):
-    """Three servers that write, take over, rewind and read one stream, by turns, some of them out of date."""
     monkeypatch.setattr(redis_store, "PART", 7)
-    draw = random.Random(f"{seed} {time.time_ns()}" if seed else seed)
-    reference, epochs = SnapshotStore(str(tmp_path), keep=2, ttl=3600), [1, 1, 1]
-    for step in range(150):
-        who, chunk = draw.randrange(3), draw.randrange(12)
-        acts = [
-            ("put", "token", chunk, draw.randbytes(draw.choice([0, 1, 7, 14, 40])), epochs[who]),
-            ("put", "token", chunk, b"another", epochs[who]),
-            ("drop", "token", chunk, epochs[who]),
-            ("get", "token", draw.choice([None, chunk])),
-            ("claim", "token", chunk),
-        ]
-        name, *arguments = draw.choices(acts, (4, 4, 1, 4, 1))[0]
-        ours, theirs = (said(getattr(one, name), *arguments) for one in (store, reference))
-        assert ours == theirs, (step, name, arguments)
-        if name == "claim":
-            epochs[who] = ours
-        assert store.chunks("token") == reference.chunks("token"), (step, name, arguments)
-    assert store.chunks("other") == []
+    looks_as_in_a_folder(store, tmp_path, seed)
     assert len(store.redis.keys("fastar:*:*")) <= 2 * 6, "what is not named any more is gone"
 
 
