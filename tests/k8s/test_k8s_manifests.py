@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import importlib.metadata
+import re
 import subprocess
 import sys
 from pathlib import Path
@@ -136,6 +137,12 @@ def test_envoy_accepts_its_configuration(tmp_path):
     broken["static_resources"]["clusters"][0]["lb_policy"] = "MAGLAV"
     (tmp_path / "envoy.yaml").write_text(yaml.safe_dump(broken))
     assert envoy(tmp_path / "envoy.yaml").returncode != 0
+
+
+def test_the_image_has_the_clients_that_components_need():
+    """Redis' own; and what sends spans is no extra."""
+    (extras,) = re.findall(r'install -c constraints\.txt "\.\[([\w,]+)\]"', (ROOT.parent / "Dockerfile").read_text())
+    assert {"redis", "wan"} <= set(extras.split(","))
 
 
 def test_the_dockerfiles_pass_hadolint(tmp_path):

@@ -19,8 +19,8 @@ def said(act, *arguments):
 
 
 def looks_as_in_a_folder(store: Store, folder: Path, seed: int, steps: int = 150) -> None:
-    """Three servers that write, take over, rewind and read one stream, by turns, some of them out of date. seed: 0: always
-    the same history; others: another one each time."""
+    """Three servers that write, take over, rewind and read one stream, by turns, some of them out of date. seed: 0:
+    always the same history; others: another one each time."""
     draw = random.Random(f"{seed} {time.time_ns()}" if seed else seed)
     reference, epochs = SnapshotStore(str(folder), keep=2, ttl=3600), [1, 1, 1]
     for step in range(steps):

@@ -14,10 +14,9 @@ from store_histories import looks_as_in_a_folder, said
 from fastar_backend.errors import UnknownStream
 from fastar_backend.service.store import open_store
 
-pytest.importorskip("s3fs", reason="s3fs and moto do not go with the Kubernetes client: a venv of their own")
-moto = pytest.importorskip(
-    "moto.server", reason="s3fs and moto do not go with the Kubernetes client: a venv of their own"
-)
+WHY = "s3fs and moto do not go with the Kubernetes client: a venv of their own"
+pytest.importorskip("s3fs", reason=WHY)
+moto = pytest.importorskip("moto.server", reason=WHY)
 
 
 @pytest.fixture(scope="module")
