@@ -49,6 +49,22 @@ struct Symbolic
     }
 };
 
+// What TensorRT is answered: 0, or -1 and the error in its log.
+template <typename Work>
+int32_t guarded(Work const& work) noexcept
+{
+    try
+    {
+        work();
+        return 0;
+    }
+    catch (std::exception const& error)
+    {
+        report(Severity::kERROR, error.what());
+        return -1;
+    }
+}
+
 } // namespace
 
 Fields::Fields(Operator const& op, std::vector<double> const& values)
@@ -139,8 +155,7 @@ nvinfer1::PluginFieldCollection const* Plugin::getFieldsToSerialize() noexcept
 int32_t Plugin::getOutputDataTypes(
     DataType* outputs, int32_t nbOutputs, DataType const* inputs, int32_t nbInputs) const noexcept
 {
-    try
-    {
+    return guarded([&] {
         mType = checkTypes({inputs, inputs + nbInputs});
         for (int32_t at = 0; at < nbOutputs; ++at)
         {
@@ -149,20 +164,13 @@ int32_t Plugin::getOutputDataTypes(
                 : kind == Kind::kI32         ? DataType::kINT32
                                              : kTYPES[mType];
         }
-        return 0;
-    }
-    catch (std::exception const& error)
-    {
-        report(Severity::kERROR, error.what());
-        return -1;
-    }
+    });
 }
 
 int32_t Plugin::getOutputShapes(DimsExprs const* inputs, int32_t nbInputs, DimsExprs const*, int32_t,
     DimsExprs* outputs, int32_t nbOutputs, nvinfer1::IExprBuilder& builder) noexcept
 {
-    try
-    {
+    return guarded([&] {
         Shapes shapes(nbInputs);
         for (int32_t at = 0; at < nbInputs; ++at)
         {
@@ -189,13 +197,7 @@ int32_t Plugin::getOutputShapes(DimsExprs const* inputs, int32_t nbInputs, DimsE
                 outputs[at].d[axis] = evaluate(dims[axis], symbolic);
             }
         }
-        return 0;
-    }
-    catch (std::exception const& error)
-    {
-        report(Severity::kERROR, error.what());
-        return -1;
-    }
+    });
 }
 
 bool Plugin::supportsFormatCombination(
@@ -232,8 +234,7 @@ bool Plugin::supportsFormatCombination(
 int32_t Plugin::configurePlugin(DynamicPluginTensorDesc const* in, int32_t nbInputs,
     DynamicPluginTensorDesc const* out, int32_t nbOutputs) noexcept
 {
-    try
-    {
+    return guarded([&] {
         std::vector<PluginTensorDesc> inputs, outputs;
         for (int32_t at = 0; at < nbInputs; ++at)
         {
@@ -245,20 +246,13 @@ int32_t Plugin::configurePlugin(DynamicPluginTensorDesc const* in, int32_t nbInp
         }
         std::vector<double> values;
         prepare(inputs.data(), nbInputs, outputs.data(), nbOutputs, 0, values);
-        return 0;
-    }
-    catch (std::exception const& error)
-    {
-        report(Severity::kERROR, error.what());
-        return -1;
-    }
+    });
 }
 
 int32_t Plugin::onShapeChange(
     PluginTensorDesc const* in, int32_t nbInputs, PluginTensorDesc const* out, int32_t nbOutputs) noexcept
 {
-    try
-    {
+    return guarded([&] {
         std::vector<double> values;
         int32_t const arch = currentArch();
         Kernel const& kernel = prepare(in, nbInputs, out, nbOutputs, arch, values);
@@ -270,20 +264,13 @@ int32_t Plugin::onShapeChange(
                 throw error(wrong, "a GPU that runs its kernel");
             }
         }
-        return 0;
-    }
-    catch (std::exception const& error)
-    {
-        report(Severity::kERROR, error.what());
-        return -1;
-    }
+    });
 }
 
 int32_t Plugin::enqueue(PluginTensorDesc const* inputDesc, PluginTensorDesc const* outputDesc,
     void const* const* inputs, void* const* outputs, void*, cudaStream_t stream) noexcept
 {
-    try
-    {
+    return guarded([&] {
         std::vector<double> values;
         auto const nbInputs = static_cast<int32_t>(mOperator.inputs.size());
         Kernel const& kernel
@@ -336,7 +323,7 @@ int32_t Plugin::enqueue(PluginTensorDesc const* inputDesc, PluginTensorDesc cons
         }
         if (x < 1 || y < 1) // nothing to do
         {
-            return 0;
+            return;
         }
         std::string const wrong
             = launch(kernel, static_cast<uint32_t>(x), static_cast<uint32_t>(y), arguments.data(), stream);
@@ -344,13 +331,7 @@ int32_t Plugin::enqueue(PluginTensorDesc const* inputDesc, PluginTensorDesc cons
         {
             throw error(wrong, "a GPU that runs its kernel");
         }
-        return 0;
-    }
-    catch (std::exception const& error)
-    {
-        report(Severity::kERROR, error.what());
-        return -1;
-    }
+    });
 }
 
 } // namespace fastar
