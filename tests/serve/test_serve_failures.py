@@ -17,6 +17,8 @@ import pytest
 import tritonclient.grpc as triton
 from serve_raw import MODEL_PROCESS, Refused, Stream, descendants, gone, metric, tensor, until
 
+from fastar_backend.errors import WeightsError
+from fastar_backend.model.world import load_world
 from fastar_backend.serve import Server, ServerError
 
 pytestmark = pytest.mark.server
@@ -111,15 +113,6 @@ def test_a_vanished_client_is_swept_without_any_request(fake_server):
     assert until(lambda: model.memory_info().rss - before < 0.1 * STATE_BYTES, 5)
 
 
-def test_the_canary_waits_for_a_long_step_and_disturbs_nobody(fake_repository, fake_settings):
-    settings = fake_settings.model_copy(update={"canary_seconds": 0.2})
-    with Server(settings) as server, Stream(server.grpc_url) as stream:
-        assert stream.chunk(["stall"], PROMPT, start=True)[1]["chunk"] == 0
-        assert stream.chunk(["stall"])[1]["chunk"] == 1
-        assert stream.chunk(end=True)[1]["chunk"] == 2
-        assert server.restarts == 0
-
-
 def test_a_killed_model_process_is_replaced(fake_server, caplog):
     with Stream(fake_server.grpc_url) as stream:
         stream.chunk(prompt=PROMPT, start=True)
@@ -135,9 +128,14 @@ def test_a_killed_model_process_is_replaced(fake_server, caplog):
         assert stream.chunk(prompt=PROMPT, start=True, end=True)[1]["chunk"] == 0
 
 
-def test_a_hung_model_is_replaced(fake_settings, caplog):
-    settings = fake_settings.model_copy(update={"canary_seconds": 0.3, "hang_seconds": 2.0})
+def test_the_canary_waits_for_a_long_step_and_disturbs_nobody_but_a_hung_model_is_replaced(fake_settings, caplog):
+    settings = fake_settings.model_copy(update={"canary_seconds": 0.2, "hang_seconds": 5.0})  # a stall takes 3 s
     with Server(settings) as server:
+        with Stream(server.grpc_url) as stream:
+            assert stream.chunk(["stall"], PROMPT, start=True)[1]["chunk"] == 0
+            assert stream.chunk(["stall"])[1]["chunk"] == 1
+            assert stream.chunk(end=True)[1]["chunk"] == 2
+        assert server.restarts == 0
         (old,) = server.model_processes
         old.suspend()
         assert until(lambda: "answers again" in caplog.text, 60)
@@ -311,7 +309,8 @@ def failed_start(*options: str, repository: Path | None = None) -> str:
 
 
 def test_missing_weights(tiny_world, tmp_path):
-    assert str(tmp_path / "nowhere") in failed_start("--world", str(tmp_path / "nowhere"))
+    with pytest.raises(WeightsError, match=str(tmp_path / "nowhere")):
+        load_world(str(tmp_path / "nowhere"), "cpu")
     world = Path(shutil.copytree(tiny_world, tmp_path / "world"))
     (world / "weights.safetensors").unlink()
     assert str(world / "weights.safetensors") in failed_start("--world", str(world))
@@ -321,9 +320,11 @@ def test_corrupt_weights(tiny_world, tmp_path):
     world = Path(shutil.copytree(tiny_world, tmp_path / "world"))
     weights = world / "weights.safetensors"
     whole = weights.read_bytes()
-    for content in (whole[: len(whole) // 2], b"\xff" * len(whole), b""):
+    for content in (b"\xff" * len(whole), b"", whole[: len(whole) // 2]):
         weights.write_bytes(content)
-        assert str(weights) in failed_start("--world", str(world))
+        with pytest.raises(WeightsError, match=str(weights)):
+            load_world(str(world), "cpu")
+    assert str(weights) in failed_start("--world", str(world))
 
 
 def test_bad_settings_and_a_missing_repository(tmp_path):
