@@ -3,6 +3,7 @@
     python -m benchmarks.wan --out DIR                      # headline: FAST-AR, window and dense; decoder included
     python -m benchmarks.wan --part lengths --out DIR       # a chunk after histories of several lengths: break-even
     python -m benchmarks.wan --part streams --out DIR       # streams per GPU at 16 FPS
+    python -m benchmarks.wan --part guard --out DIR         # what the quality guard costs a chunk
     python -m benchmarks.wan --part table --out DIR         # where the time of a chunk goes, and each part's floor
 
 Random weights, so that nothing has to be downloaded: random content has no redundancy, which is the worst case for a
@@ -230,6 +231,32 @@ def many(engine: StreamEngine, policy: AttentionConfig, streams: int, chunks: in
             engine.close(number)
 
 
+@torch.inference_mode()
+def guarded(engine: StreamEngine, policy: AttentionConfig, chunks: int = 40) -> dict[str, float]:
+    """Two streams, one of them watched by the quality guard, chunk about chunk, all caches full. With AnnSA at .28."""
+    gc.collect()
+    torch.cuda.empty_cache()
+    for stream, kind in ((1, "off"), (2, "observe")):
+        attention = policy.model_copy(update={"sparse_density": 0.28, "guard": kind})
+        engine.open(stream, "a forest in the rain", StreamOptions(seed=1, start="nothing", attention=attention))
+        fill(engine, engine.streams[stream])
+    times: dict[int, list[float]] = {1: [], 2: []}
+    recalls = []
+    warm, before = 26, torch.cuda.memory_reserved()  # until every set of layers is recorded at each place
+    for index in range(warm + chunks):
+        for stream in (1, 2) if index % 2 else (2, 1):
+            start = time.perf_counter()
+            (chunk,) = advance(engine, [stream])
+            times[stream].append(time.perf_counter() - start)
+            recalls += [chunk.stats.guard_recall] if stream == 2 else []
+    for stream in times:
+        engine.close(stream)
+    pairs = [b / a for a, b in list(zip(times[1], times[2], strict=True))[warm:]]
+    off, on = (1000 * statistics.median(times[stream][warm:]) for stream in (1, 2))
+    return {"off_ms": off, "on_ms": on, "ratio_of_pairs": statistics.median(pairs), "recall": statistics.mean(recalls),
+            "recordings_gib": (torch.cuda.memory_reserved() - before) / 2**30}  # fmt: skip
+
+
 def milliseconds(act: Any, repeats: int = 5) -> float:
     act()
     times = []
@@ -333,6 +360,11 @@ def markdown(result: dict[str, Any]) -> str:
         lines.append(
             f"{row['policy']}: {row['streams']} streams, {row['fps_each']:.1f} FPS each, {row['peak_gib']:.1f} GiB"
         )
+    if row := result.get("guard"):
+        lines.append(
+            f"quality guard: {row['off_ms']:.1f} ms a chunk without, {row['on_ms']:.1f} with it; of neighbouring "
+            f"chunks' ratios the median {row['ratio_of_pairs']:.4f}"
+        )
     if parts := result.get("table"):
         lines += ["", f"A chunk takes {parts['chunk_ms']:.0f} ms, kernels run for {parts['kernels_ms']:.0f} ms.", ""]
         lines += ["| kernels | ms |", "|---|---|"]
@@ -370,7 +402,7 @@ def plot(result: dict[str, Any], path: Path) -> None:
 def main(
     out: Path = Path("out/wan"),
     part: Annotated[
-        str, typer.Option(help="rollouts, lengths, settings, streams or table; several by commas.")
+        str, typer.Option(help="rollouts, lengths, settings, streams, guard or table; several by commas.")
     ] = "rollouts",
     policies: str = "fastar,window,dense",
     frames: int = 2880,
@@ -459,6 +491,9 @@ def main(
             result["streams"].append({"policy": "fastar"} | row)
             print(row, flush=True)
             save()
+    if "guard" in part:
+        result["guard"] = guarded(engine, policies_of["fastar"])
+        print(result["guard"], flush=True)
     if math.isfinite(seconds):
         save()
     print(markdown(result))

@@ -4,7 +4,7 @@ The sequence is [clean frames | noisy frames]; noisy chunk i sees the clean chun
 sees clean chunks up to itself: exactly what the cached sampler computes chunk by chunk (tests compare the two).
 Temporal distance is counted from the query's chunk and clamped (`rope_max_distance`). So a chunk's keys are needed in a
 few rotations only: as the own chunk's, as those of 1, 2, ... chunks ago, and as far ones. Attention over each of these
-parts is one dense call for all chunks (for the far part, one a chunk); the parts are merged by their log-sum-exp, and
+parts is one dense call for all chunks (over the far part, a few); the parts are merged by their log-sum-exp, and
 differentiated with the merged one, as ring attention does (Liu et al. 2023, arXiv 2310.01889)."""
 
 from __future__ import annotations
@@ -36,41 +36,85 @@ def _flash_backward(grad: Tensor, q: Tensor, k: Tensor, v: Tensor, out: Tensor, 
     return aten._scaled_dot_product_flash_attention_for_cpu_backward(grad, q, k, v, out, lse, 0.0, False)
 
 
-def _parts(own: Tensor, near: Tensor, far: Tensor, v: Tensor, past: Tensor) -> Iterator[tuple]:
-    """(query chunks, their heads, key view, value view, far?) of each dense call; also of the gradients."""
-    chunks, heads = own.shape[1:3]
-    yield slice(0, chunks), 2 * heads, own, v, False  # clean and noisy chunks as heads of their own
-    for distance in range(1, min(near.shape[2], chunks - 1) + 1):
-        yield slice(distance, chunks), heads, near[:, :-distance, distance - 1], v[:, :-distance, :, 0], False
-    for chunk in range(near.shape[2] + 1, chunks):
-        seen = slice(0, (chunk - near.shape[2]) * own.shape[-2])
-        yield slice(chunk, chunk + 1), heads, far[:, :, seen], past[:, :, seen], True
+def _windows(x: Tensor, start: int, size: int, apart: int, count: int) -> Tensor:
+    """View [B, count, size, ...] of x [B, chunks, ...]: `size` chunks from start, start + apart, ..."""
+    stop = start + (count - 1) * apart + size
+    return x[:, start:stop].unfold(1, size, apart).movedim(-1, 2)
+
+
+def _parts(chunks: int, distances: int) -> Iterator[tuple[str, int, tuple, tuple]]:
+    """(name of the keys, distance in chunks, queries, keys) of each dense call; the last two are the arguments of
+    `_windows`. Far keys, all those more than `distances` chunks ago, come as a triangle is cut into squares: first the
+    newest of them alone, then by twos, fours, ...: calls grow with the logarithm of the window."""
+    yield "own", 0, (0, 1, 1, chunks), (0, 1, 1, chunks)
+    for distance in range(1, min(distances, chunks - 1) + 1):
+        count = chunks - distance
+        yield "near", distance, (distance, 1, 1, count), (0, 1, 1, count)
+    first = distances + 1  # the first chunk that sees far keys
+    seen = chunks - first  # so many chunks are far keys of some chunk
+    if seen < 1:
+        return
+    yield "far", 0, (first, 1, 1, seen), (0, 1, 1, seen)
+    size = 1
+    while size < seen:
+        count = seen // (2 * size)
+        if count:
+            yield "far", 0, (first + size, size, 2 * size, count), (0, size, 2 * size, count)
+        if (rest := seen - (2 * count + 1) * size) > 0:
+            yield "far", 0, (chunks - rest, rest, rest, 1), (2 * count * size, size, size, 1)
+        size *= 2
+
+
+def _keys(name: str, distance: int, window: tuple, own: Tensor, near: Tensor, far: Tensor, v: Tensor, past: Tensor):
+    """Views of the keys and values of a part: [B, count, size, heads, 2, n, D] where clean and noisy queries have their
+    own, else [B, count, size, heads, n, D]."""
+    keys = {"own": own, "near": near[:, :, distance - 1], "far": far}[name]
+    return _windows(keys, *window), _windows(v if name == "own" else past, *window)
+
+
+def _sequences(x: Tensor, own: bool, queries: bool) -> Tensor:
+    """[B, count, size, heads, (2,) n, ...] -> [B * count, heads, length, ...]; `own`: clean and noisy chunks are heads
+    of their own, else the length has both."""
+    lead, n = 4 + (own or queries), x.shape[4 + (own or queries)]
+    if own:  # of size 1
+        return x.reshape(-1, 2 * x.shape[3], n, *x.shape[lead + 1 :])
+    x = x.transpose(2, 3)
+    return x.reshape(-1, x.shape[2], x.shape[3] * n * (2 if queries else 1), *x.shape[lead + 1 :])
+
+
+def _chunks_of(x: Tensor, like: Tensor, own: bool) -> Tensor:
+    """The inverse of `_sequences`, to the shape of `like`."""
+    if own:
+        return x.reshape(like.shape)
+    return x.reshape(like.transpose(2, 3).shape).transpose(2, 3)
 
 
 class _ChunkAttention(torch.autograd.Function):
     """q, own, v: [B, chunks, heads, 2, n, D], clean and noisy; near: [B, chunks, distances, heads, n, D], the clean
-    keys as seen 1, 2, ... chunks later; far: [B, heads, chunks * n, D]; far_bias: [B], added to far keys' logits."""
+    keys as seen 1, 2, ... chunks later; far: [B, chunks, heads, n, D]; far_bias: [B], added to far keys' logits."""
 
     @staticmethod
     def forward(ctx, q, own, near, far, v, far_bias):
-        past = v[:, :, :, 0].transpose(1, 2).flatten(2, 3)
+        past = v[:, :, :, 0]
         out, total, rests = torch.zeros_like(q, dtype=torch.float32), None, []
-        for chunks, heads, keys, values, is_far in _parts(own, near, far, v, past):
-            here = q[:, chunks]
-            size = (-1, heads, here[0, 0].numel() // heads // q.shape[-1], q.shape[-1])
-            keys, values = (t.reshape(-1, heads, t.shape[-2], t.shape[-1]) for t in (keys, values))
-            part, lse, rest = _flash(here.reshape(size), keys, values)
-            part, lse = part.reshape(here.shape), lse.reshape(here.shape[:-1]).float()
+        for name, distance, queries, keys in _parts(q.shape[1], near.shape[2]):
+            alone = name == "own"
+            pair = _keys(name, distance, keys, own, near, far, v, past)
+            here = _windows(q, *queries)
+            part, lse, rest = _flash(_sequences(here, alone, True), *(_sequences(x, alone, False) for x in pair))
+            part, lse = _chunks_of(part, here, alone), _chunks_of(lse.float(), here[..., 0], alone)
             rests.append(rest)
             if total is None:
-                out, total = part.float(), lse.clone()
+                out, total = part.float().squeeze(2), lse.squeeze(2).clone()
                 continue
-            if is_far:
-                lse = lse + far_bias[:, None, None, None, None]
-            before, merged = total[:, chunks], torch.logaddexp(total[:, chunks], lse)
-            out[:, chunks] *= (before - merged).exp()[..., None]
-            out[:, chunks] += (lse - merged).exp()[..., None] * part
-            total[:, chunks] = merged
+            if name == "far":
+                lse = lse + far_bias[:, None, None, None, None, None]
+            there = _windows(total, *queries)
+            merged = torch.logaddexp(there, lse)
+            _windows(out, *queries).mul_((there - merged).exp()[..., None]).addcmul_(
+                (lse - merged).exp()[..., None], part
+            )
+            there.copy_(merged)
         out = out.to(q.dtype)
         ctx.save_for_backward(q, own, near, far, v, far_bias, out, total)
         ctx.rests = rests
@@ -79,27 +123,24 @@ class _ChunkAttention(torch.autograd.Function):
     @staticmethod
     def backward(ctx, grad):
         q, own, near, far, v, far_bias, out, total = ctx.saved_tensors
-        past = v[:, :, :, 0].transpose(1, 2).flatten(2, 3)
-        grads = [torch.zeros_like(t, dtype=torch.float32) for t in (own, near, far, v, past)]
+        grads = [torch.zeros_like(t, dtype=torch.float32) for t in (own, near, far, v)]
         grad_q = torch.zeros_like(q, dtype=torch.float32)
-        parts = zip(_parts(own, near, far, v, past), _parts(*grads), ctx.rests, strict=True)
-        for (chunks, heads, keys, values, is_far), (_, _, grad_keys, grad_values, _), rest in parts:
-            here = q[:, chunks]
-            length = here[0, 0].numel() // heads // q.shape[-1]
-            lse = total[:, chunks]
-            if is_far:
-                lse = lse - far_bias[:, None, None, None, None]
-            by_query = (t[:, chunks].reshape(-1, heads, length, t.shape[-1]) for t in (grad, q, out))
-            by_key = (t.reshape(-1, heads, t.shape[-2], t.shape[-1]) for t in (keys, values))
-            (d_out, queries, outputs), (k, w) = by_query, by_key
-            lse = lse.reshape(-1, heads, length)
-            d_q, d_k, d_v = _flash_backward(d_out.contiguous(), queries, k, w, outputs, lse, rest)
-            grad_q[:, chunks] += d_q.reshape(here.shape)
-            grad_keys += d_k.reshape(grad_keys.shape)
-            grad_values += d_v.reshape(grad_values.shape)
-        grad_own, grad_near, grad_far, grad_v, grad_past = grads
-        grad_v[:, :, :, 0] += grad_past.unflatten(2, (-1, v.shape[-2])).transpose(1, 2)
-        results = zip((grad_q, grad_own, grad_near, grad_far, grad_v), (q, own, near, far, v), strict=True)
+        for (name, distance, queries, keys), rest in zip(_parts(q.shape[1], near.shape[2]), ctx.rests, strict=True):
+            alone = name == "own"
+            pair = [_sequences(x, alone, False) for x in _keys(name, distance, keys, own, near, far, v, v[:, :, :, 0])]
+            d_out, here, outputs = (_sequences(_windows(x, *queries), alone, True) for x in (grad, q, out))
+            lse = _windows(total, *queries)
+            if name == "far":
+                lse = lse - far_bias[:, None, None, None, None, None]
+            lse = _sequences(lse, alone, True)
+            d_q, d_k, d_v = _flash_backward(d_out.contiguous(), here, *pair, outputs, lse.contiguous(), rest)
+            window = _windows(grad_q, *queries)
+            window += _chunks_of(d_q, window, alone)
+            for gradient, found in zip(
+                _keys(name, distance, keys, *grads, grads[3][:, :, :, 0]), (d_k, d_v), strict=True
+            ):
+                gradient += _chunks_of(found, gradient, alone)
+        results = zip((grad_q, *grads), (q, own, near, far, v), strict=True)
         return *(g.to(t.dtype) for g, t in results), None
 
 
@@ -148,7 +189,7 @@ class WholeSequence:
         )  # [B, chunks, heads, 2, n, D]
         clean = k[:, :, :, 0]
         near = torch.stack([self._turn(clean, distance + 1) for distance in range(self.distances)], 2)
-        far = self._turn(clean, -1).transpose(1, 2).flatten(2, 3)
+        far = self._turn(clean, -1)
         bias = self.far_bias.expand(len(q)).float()
         out = _attend(self._turn(q, 0), self._turn(k, 0), near, far, v.contiguous(), bias)
         return out.permute(0, 3, 1, 4, 2, 5).flatten(1, 3)

@@ -1,6 +1,7 @@
 """Trains the embedded world: play -> autoencoder -> transformer (true context, then its own) -> decoder on predictions.
 
     python -m training.train --out out/world       # 17 minutes on one H200; `--tiny`: a smoke run on any machine
+    torchrun --nproc-per-node 4 -m training.train --out out/world --init WEIGHTS    # on four GPUs, from weights
 
 Each stage saves to --out and is skipped when its file is there, so a run that was cut off goes on where it stopped.
 """
@@ -27,6 +28,7 @@ from training import autoencoder
 from training.collect import collect
 from training.parallel import WholeSequence
 from training.prompts import sample_prompt
+from training.ranks import Ranks
 
 MODEL = ModelConfig(
     dim=256, layers=7, heads=4, ffn_dim=608, freq_dim=64, text_dim=64, text_tokens=64, latent_channels=48,
@@ -37,6 +39,8 @@ SAMPLER = SamplerConfig(
     steps=(1000.0, 750.0, 500.0), shift=3.0, context_noise=0.1, latent_frames_per_chunk=2, unit_latents=True
 )
 MOST_REPEATS = 16
+RETURNS = 0.6  # share of the windows that are drawn for the places seen again in them
+RETURN_WEIGHT = 3.0  # of a latent frame that shows a place again, in the loss
 PROMPTS_EACH = 48  # phrasings drawn per scenario for one stage
 
 
@@ -63,23 +67,37 @@ class Windows:
         self.latents, self.device = latents, device
         self.actions = torch.from_numpy(data["actions"]).to(device)
         self.scenario = torch.from_numpy(data["scenario"].astype(np.int64)).to(device)
-        self.episode = data["episode"]
+        self.episode, self.since = data["episode"], data["since"]
+        self.ago = torch.from_numpy(self.since).to(device)
         self.rng = np.random.default_rng(seed)
-        self.starts: dict[int, np.ndarray] = {}
+        self.starts: dict[int, tuple[np.ndarray, np.ndarray]] = {}
 
-    def _starts(self, frames: int) -> np.ndarray:
-        """Rows at which `frames` rows of one episode follow."""
+    def _starts(self, frames: int) -> tuple[np.ndarray, np.ndarray]:
+        """Rows at which `frames` rows of one episode follow, and their cumulative odds by the places seen again."""
         if frames not in self.starts:
             rows = np.arange(len(self.episode) - frames + 1)
-            self.starts[frames] = rows[self.episode[rows] == self.episode[rows + frames - 1]]
+            seen = np.flatnonzero(self.since)  # such a frame is in the windows that begin from here to there, whole
+            first, last = np.maximum(seen - frames + 1, 0), seen - self.since[seen]
+            inside = first <= last
+            count = np.bincount(first[inside], minlength=len(self.episode) + 1).astype(float)
+            count -= np.bincount(last[inside] + 1, minlength=len(self.episode) + 1)
+            starts = rows[self.episode[rows] == self.episode[rows + frames - 1]]
+            self.starts[frames] = starts, count.cumsum()[starts].cumsum()
         return self.starts[frames]
+
+    def _draw(self, batch: int, frames: int) -> np.ndarray:
+        """[batch, frames]"""
+        starts, odds = self._starts(frames)
+        drawn = self.rng.choice(starts, batch)
+        if odds[-1] > 0:
+            chosen = starts[np.searchsorted(odds, self.rng.random(batch) * odds[-1], side="right")]
+            drawn = np.where(self.rng.random(batch) < RETURNS, chosen, drawn)
+        return drawn[:, None] + np.arange(frames)
 
     def sample(self, batch: int, frames: int, chunk: int, cut: float = 0.15):
         """rows [B, frames] into the table, and which of the two prompts (0 before the cut, 1 after) [B, frames]."""
-        starts = self._starts(frames)
         offsets = np.arange(frames)
-        rows = self.rng.choice(starts, batch)[:, None] + offsets
-        other = self.rng.choice(starts, batch)[:, None] + offsets
+        rows, other = self._draw(batch, frames), self._draw(batch, frames)
         at = np.where(self.rng.random(batch) < cut, chunk * self.rng.integers(1, frames // chunk, batch), frames)
         after = offsets >= at[:, None]
         rows = np.where(after, other, rows)
@@ -117,8 +135,10 @@ def add_noise(clean: Tensor, sigma: Tensor) -> Tensor:
 
 
 class Trainer:
-    def __init__(self, world: World, windows: Windows, device: torch.device) -> None:
-        self.world, self.windows, self.device = world, windows, device
+    def __init__(self, world: World, windows: Windows, ranks: Ranks) -> None:
+        self.world, self.windows, self.ranks, self.device = world, windows, ranks, ranks.device
+        device = ranks.device
+        self.shared = np.random.default_rng(3)  # what all processes decide alike, so that none waits for another
         self.prompts = PromptTable(world.text, device, 1)
         self.sequences: dict[int, WholeSequence] = {}
         self.autocast = torch.autocast(device.type, torch.bfloat16, enabled=device.type == "cuda")
@@ -150,7 +170,7 @@ class Trainer:
             noised = add_noise(context, level)
             x0 = torch.zeros_like(clean)
             for step, sigma in enumerate(SAMPLER.sigmas):
-                if step and self.windows.rng.random() < 0.5:
+                if step and self.shared.random() < 0.5:
                     continue
                 s = torch.full((batch, frames), sigma, device=self.device)
                 x0 = self.predict(sequence, prompts, noised, level, add_noise(x0, s), s, actions)
@@ -174,7 +194,9 @@ class Trainer:
 
     def loss(self, size: int, frames: int, rounds: int) -> Tensor:
         sequence, chunk = self.sequence(frames), SAMPLER.latent_frames_per_chunk
-        _, clean, actions, after, scenarios = self.batch(size, frames)
+        rows, clean, actions, after, scenarios = self.batch(size, frames)
+        ago, position = self.windows.ago[rows], torch.arange(frames, device=self.device)
+        again = (ago > 0) & (ago <= position) & (after == after[:, :1])
         with self.autocast:
             prompts = self.condition(sequence, after, scenarios)
             context = clean
@@ -191,7 +213,7 @@ class Trainer:
             x0 = self.predict(
                 sequence, prompts, add_noise(context, level), level, add_noise(clean, sigma), sigma, actions
             )
-        weight = 1 / sigma.clamp(min=0.3)
+        weight = (1 + (RETURN_WEIGHT - 1) * again) / sigma.clamp(min=0.3)
         return ((x0 - clean).square().mean((2, 3, 4)) * weight).mean()
 
     def optimisers(self, rate: float) -> list[torch.optim.Optimizer]:
@@ -206,19 +228,19 @@ class Trainer:
         ]
 
     def run(self, seconds: float, plan, rate: float, warm: int, log=print) -> dict[str, list]:
-        """plan(progress 0..1) -> (batch, frames, rounds). Leaves the averaged weights in the model."""
+        """plan(progress 0..1, random numbers) -> (batch, frames, rounds). Leaves the averaged weights in the model."""
         parameters = [*self.world.dit.parameters(), *self.world.text.parameters()]
         optimisers = self.optimisers(rate)
         average = [p.detach().clone() for p in parameters]
         curves: dict[str, list] = {"step": [], "seconds": [], "loss": [], "frames": [], "rounds": []}
         began, step, recent = time.monotonic(), 0, []
-        while (elapsed := time.monotonic() - began) < seconds:
-            done = elapsed / seconds
+        while (done := self.ranks.progress(step, began, seconds)) < 1:
             for group in (group for optimiser in optimisers for group in optimiser.param_groups):
                 group["lr"] = rate * min(1, (step + 1) / warm) * (0.04 + 0.96 * 0.5 * (1 + math.cos(math.pi * done)))
-            size, frames, rounds = plan(done)
+            size, frames, rounds = plan(done, self.shared)
             loss = self.loss(size, frames, rounds)
             loss.backward()
+            self.ranks.average(parameters)
             nn.utils.clip_grad_norm_(parameters, 1.0)
             for optimiser in optimisers:
                 optimiser.step()
@@ -228,7 +250,7 @@ class Trainer:
             step += 1
             recent.append(loss.detach())
             if step % 200 == 0 or step in (1, 20):
-                value = torch.stack(recent).mean().item()
+                value, elapsed = torch.stack(recent).mean().item(), time.monotonic() - began
                 recent = []
                 for name, item in zip(curves, (step, elapsed, value, frames, rounds), strict=True):
                     curves[name].append(round(item, 4))
@@ -244,6 +266,7 @@ class Trainer:
         sequence = self.sequence(frames)
         rows, clean, actions, after, scenarios = self.batch(size, frames)
         with self.autocast:
+            sequence.far_bias = torch.zeros(size, device=self.device)
             prompts = self.condition(sequence, after, scenarios)
             rounds = int(torch.randint(1, 3, ()))
             predicted = self.own_context(sequence, prompts, clean, actions, rounds)
@@ -259,8 +282,10 @@ def encode_all(model: FrameAutoencoder, frames: Tensor, device: torch.device) ->
 def main() -> None:
     cli = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     cli.add_argument("--out", type=Path, required=True)
-    cli.add_argument("--latent-frames", type=int, default=25000, help="per scenario")
-    cli.add_argument("--workers", type=int, default=15)
+    cli.add_argument("--init", type=Path, help="weights to go on from, on their own context")
+    cli.add_argument("--latent-frames", type=int, default=25000, help="per scenario and process")
+    cli.add_argument("--workers", type=int, default=15, help="per process")
+    cli.add_argument("--seed", type=int, default=0, help="of the games")
     cli.add_argument("--autoencoder-seconds", type=float, default=110)
     cli.add_argument("--context-seconds", type=float, default=390, help="stage 1: true context")
     cli.add_argument("--own-seconds", type=float, default=400, help="stage 2: the model's own context")
@@ -271,35 +296,45 @@ def main() -> None:
     args.out.mkdir(parents=True, exist_ok=True)
     torch.manual_seed(0)
     torch.backends.cuda.matmul.allow_tf32 = True
-    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    ranks = Ranks()
+    device = ranks.device
     scale, short = (1, 4) if args.tiny else (8, 24)  # batch and window lengths
     began = time.monotonic()
 
     def log(text: str) -> None:
-        print(f"[{time.monotonic() - began:6.0f}s] {text}", flush=True)
+        if not ranks.rank:
+            print(f"[{time.monotonic() - began:6.0f}s] {text}", flush=True)
 
     stored = args.out / "play.npz"
-    if stored.exists():
+    if ranks.count == 1 and stored.exists():
         data = dict(np.load(stored))
     else:
-        data = collect(args.latent_frames, args.workers)
-        np.savez(stored, **data)
+        data = collect(args.latent_frames, args.workers, args.seed + ranks.rank)
+        if ranks.count == 1:
+            np.savez(stored, **data)
     log(f"{len(data['frames'])} latent frames, {data['episode'].max() + 1} episodes")
     frames = torch.from_numpy(data["frames"])
     if device.type == "cuda":
         frames = frames.to(device)
 
     world = World().to(device)
+    torch.manual_seed(100 + ranks.rank)
+    if args.init:
+        world.load_state_dict({k: v.float() for k, v in load_file(args.init).items()})
     world.autoencoder.to(memory_format=torch.channels_last)
     curves_path = args.out / "curves.json"
     curves = json.loads(curves_path.read_text()) if curves_path.exists() else {}
 
     def stage(name: str, work) -> None:
         path = args.out / f"{name}.safetensors"
+        if args.init and name in ("autoencoder", "context"):
+            return
         if path.exists():
             world.load_state_dict({k: v.float() for k, v in load_file(path).items()})
             return
         curves[name] = work()
+        if ranks.rank:
+            return
         state = {k: v.detach().half().cpu().contiguous() for k, v in world.state_dict().items()}
         save_file(state, path)
         curves_path.write_text(json.dumps(curves))
@@ -309,21 +344,23 @@ def main() -> None:
         def batches():
             return frames[torch.randint(len(frames), (32 * scale,), device=frames.device)].to(device), None
 
-        return autoencoder.train(world.autoencoder, batches, args.autoencoder_seconds, adversarial_from=0.45, log=log)
+        return autoencoder.train(
+            world.autoencoder, batches, args.autoencoder_seconds, ranks, adversarial_from=0.45, log=log
+        )
 
     stage("autoencoder", autoencoder_stage)
     if args.until == "autoencoder":
         return
-    windows = Windows(data, encode_all(world.autoencoder, frames, device), device, seed=2)
+    windows = Windows(data, encode_all(world.autoencoder, frames, device), device, seed=2 + ranks.rank)
     log(f"latents: mean {windows.latents.float().mean():.3f} std {windows.latents.float().std():.3f}")
-    trainer = Trainer(world, windows, device)
+    log(f"{(windows.since > 0).mean():.3f} of the latent frames show a place again")
+    trainer = Trainer(world, windows, ranks)
 
-    def context_plan(done: float):
+    def context_plan(done: float, _: np.random.Generator):
         return (6 * scale, short, 0) if done < 0.75 else (2 * scale, 3 * short, 0)
 
-    def own_plan(done: float):
-        rounds = int(torch.randint(0, 4, ()))
-        return (6 * scale, short, rounds) if torch.rand(()) < 0.6 else (2 * scale, 3 * short, rounds)
+    def own_plan(_: float, rng: np.random.Generator):  # long enough to turn away and back; one length, compiled once
+        return 2 * scale, 2 * short, int(rng.choice(4, p=(0.5, 0.25, 0.15, 0.1)))
 
     stage("context", lambda: trainer.run(args.context_seconds, context_plan, 1e-3, 200, log))
     if args.until == "context":
@@ -337,15 +374,15 @@ def main() -> None:
 
         def batches():
             if not pool or torch.rand(()) < 0.05:
-                pool["rows"], pool["latents"] = trainer.predictions(2 * scale, 3 * short)
+                pool["rows"], pool["latents"] = trainer.predictions(2 * scale, 2 * short)
             picked = torch.randint(len(pool["rows"]), (24 * scale,), device=device)
             rows, latents = pool["rows"][picked], pool["latents"][picked]
             true = torch.rand(len(rows), 1, 1, 1, device=device) < 0.3
             target = frames[rows.to(frames.device)].to(device)
             return target, torch.where(true, windows.latents[rows].float(), latents)
 
-        return autoencoder.train(world.autoencoder, batches, args.decoder_seconds, adversarial_from=0.1, encoder=False,
-                                 learning_rate=4e-4, adversarial_weight=0.06, log=log)  # fmt: skip
+        return autoencoder.train(world.autoencoder, batches, args.decoder_seconds, ranks, adversarial_from=0.1,
+                                 encoder=False, learning_rate=4e-4, adversarial_weight=0.06, log=log)  # fmt: skip
 
     stage("decoder", decoder_stage)
 

@@ -119,15 +119,15 @@ class Game:
         self.game.close()
 
 
-def behaviour(scenario: Scenario, rng: np.random.Generator) -> Iterator[str]:
-    """Endless held actions: random ones, full spins, and look-away-and-back."""
+def behaviour(scenario: Scenario, rng: np.random.Generator, again: float = 1.0) -> Iterator[str]:
+    """Endless held actions: random ones, full spins, and look-away-and-back; `again` times as many of these."""
     names, odds = list(scenario.held), np.array(list(scenario.held.values()), dtype=float)
     odds /= odds.sum()
     while True:
         kind = rng.random()
-        if kind < 0.03:
+        if kind < 0.03 * again:
             yield from [str(rng.choice(["turn_left", "turn_right"]))] * int(rng.integers(16, 56))
-        elif kind < 0.10:
+        elif kind < 0.10 * again:
             away, length = str(rng.choice(list(OPPOSITE))), int(rng.integers(4, 24))
             yield from [away] * length
             yield from [""] * int(rng.integers(0, 4))

@@ -109,7 +109,7 @@ def plain_chunks(q, own, near, far, v, far_bias):
             biases = [torch.zeros(len(q), 1, 1, k.shape[-2], dtype=q.dtype) for k in keys]
             seen = max(chunk - reach, 0)
             if seen:
-                keys.append(far[:, :, : seen * q.shape[-2]])
+                keys.append(far[:, :seen].transpose(1, 2).flatten(2, 3))
                 values += [v[:, c, :, 0] for c in range(seen)]
                 biases.append(far_bias[:, None, None, None].expand(-1, 1, 1, keys[-1].shape[-2]))
             logits = q[:, chunk, :, half] @ torch.cat(keys, -2).mT * q.shape[-1] ** -0.5 + torch.cat(biases, -1)
@@ -118,13 +118,13 @@ def plain_chunks(q, own, near, far, v, far_bias):
     return torch.stack(outputs, 1)
 
 
-@pytest.mark.parametrize(("chunks", "reach", "n"), [(6, 3, 10), (5, 1, 7), (2, 3, 4)])
+@pytest.mark.parametrize(("chunks", "reach", "n"), [(6, 3, 10), (5, 1, 7), (2, 3, 4), (13, 2, 3), (20, 3, 2), (4, 3, 5)])
 def test_merged_parts_are_one_softmax_and_so_are_their_gradients(chunks, reach, n):
     torch.manual_seed(4)
     batch, heads, dim = 2, 3, 8
     shapes = {
         "q": (batch, chunks, heads, 2, n, dim), "own": (batch, chunks, heads, 2, n, dim),
-        "near": (batch, chunks, reach, heads, n, dim), "far": (batch, heads, chunks * n, dim),
+        "near": (batch, chunks, reach, heads, n, dim), "far": (batch, chunks, heads, n, dim),
         "v": (batch, chunks, heads, 2, n, dim),
     }  # fmt: skip
     inputs = [torch.randn(shape, requires_grad=True) for shape in shapes.values()]

@@ -93,7 +93,7 @@ def launched(name, inputs, attributes):
 
 def close(out, exact, tolerance):
     """Relative in the norm; infinities in the same places."""
-    out, exact = out.double().cpu(), exact.double()
+    out, exact = out.double().cpu(), exact.double().cpu()
     assert out.shape == exact.shape
     finite = exact.isfinite()
     assert torch.equal(out.isfinite(), finite), "poison, or a value where none belongs"
