@@ -20,7 +20,7 @@ PORTS = {"http_port": 0, "grpc_port": 0, "metrics_port": 0}
 
 @pytest.fixture(scope="module")
 def doom():
-    with Server(ServeSettings(**PORTS, max_streams=3, threads=1)) as server:
+    with Server(ServeSettings(**PORTS, max_streams=2, threads=1)) as server:
         yield server
 
 
