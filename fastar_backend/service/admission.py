@@ -94,5 +94,18 @@ class Admission:
             low, high = (middle, high) if self._fits(middle, held) else (low, middle)
         return low
 
+    def capacity(self, held: Iterable[Booking]) -> int:
+        """How many streams there is a place for: those that are held, and as many more, each with the highest frame
+        rate and the most bytes that one of them has, as would be admitted. All slots, where nobody is."""
+        held = list(held)
+        more = self.config.max_streams - len(held)
+        if rates := [other.fps for other in held if other.fps is not None]:
+            used = self.utilisation(held)
+            each = self.utilisation([*held, Booking("", 0, max(rates))]) - used  # the base is paid at that rate already
+            more = min(more, math.floor((self.config.utilisation - used) / each))
+        if size := max((other.cache_bytes for other in held), default=0):
+            more = min(more, (self.cache_bytes - sum(other.cache_bytes for other in held)) // size)
+        return len(held) + max(more, 0)
+
     def _fits(self, fps: float, held: list[Booking]) -> bool:
         return self.utilisation([*held, Booking("", 0, fps)]) <= self.config.utilisation

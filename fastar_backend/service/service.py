@@ -82,8 +82,7 @@ class Service:
         self.world = self.engine.world_info()
         each = self.engine.bytes_of(StreamOptions())
         total = config.cache_bytes or max(free_bytes(self.engine.device) // 2, each)  # the other half: steps, snapshots
-        fit = max(1, total // each)
-        self.cost = Cost(costs(self.engine, sorted({1, min(4, self.most, fit)})), config.deterministic)
+        self.cost = Cost(costs(self.engine, sorted({1, min(4, self.most, total // each or 1)})), config.deterministic)
         self.admission = Admission(config, self.cost, self.world["chunk_frames"], total)
         self.vault = Vault(self.store, self.engine, config.snapshots_kept, self.metrics, self.wake)
         self.metrics.capacity(config.max_streams, total)
@@ -336,7 +335,8 @@ class Service:
     def _publish(self) -> None:
         held = [session.booking for session in self.sessions.values()]
         queued = sum(len(session.pending) for session in self.sessions.values())
-        self.metrics.streams(len(held), sum(s.paused_at is not None for s in self.sessions.values()))
+        paused = sum(session.paused_at is not None for session in self.sessions.values())
+        self.metrics.streams(len(held), self.admission.capacity(held), paused)
         self.metrics.load(self.admission.utilisation(held), queued, sum(booking.cache_bytes for booking in held))
 
     def _begin(self, session: Session) -> Session | None:

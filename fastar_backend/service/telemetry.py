@@ -24,7 +24,7 @@ ERROR = (0.003, 0.01, 0.02, 0.03, 0.05, 0.1, 0.2, 0.3, 0.5, 1.0)
 COUNTERS_EVERY = 0.2  # seconds between writes of the counters
 # name: (kind, description, labels, buckets). A histogram is made of three counters: Triton's Python API has none.
 TABLE: dict[str, tuple[str, str, tuple[str, ...], tuple[float, ...]]] = {
-    "fastar_streams_capacity": ("gauge", "Streams that this process admits", (), ()),
+    "fastar_streams_capacity": ("gauge", "Streams, open and more like them, that this process has a place for", (), ()),
     "fastar_streams_active": ("gauge", "Streams that hold state in this process", (), ()),
     "fastar_streams_paused": ("gauge", "Of these, streams that are paused", (), ()),
     "fastar_streams_admitted_total": ("counter", "Streams admitted", (), ()),
@@ -218,8 +218,9 @@ class Metrics:
     def ended(self, reason: str) -> None:
         self._metric("fastar_streams_ended_total", reason=reason).increment(1)
 
-    def streams(self, active: int, paused: int) -> None:
+    def streams(self, active: int, places: int, paused: int) -> None:
         self._metric("fastar_streams_active").set(active)
+        self._metric("fastar_streams_capacity").set(places)
         self._metric("fastar_streams_paused").set(paused)
 
     def load(self, utilisation: float, queued: int, cache_bytes: int) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import random
 import re
 
 import pytest
@@ -89,3 +90,38 @@ def test_memory_slots_and_tenants():
     gate.check(booking(tenant="b"), [booking(), booking(), booking(tenant="b")], 1)
     with pytest.raises(AtCapacity, match="streams: 4 are open; allowed: 4"):
         gate.check(booking(tenant="c"), [booking(tenant=t) for t in "aabb"], 1)
+
+
+def test_there_is_a_place_for_as_many_as_are_then_admitted():
+    """Of the fastest and largest of those that are there; slots, time and memory each decide somewhere."""
+    source, seen = random.Random(), set()
+    for _ in range(300):
+        gate = admission(max_streams=source.randint(1, 12), utilisation=source.choice([0.31, 0.87]))
+        gate.cost.correction = source.choice([0.2, 1.0, 3.0])
+        held = [
+            booking(source.choice([None, 2.0, 8.0]), mib=source.choice([0, 5, 25]))
+            for _ in range(source.randint(0, gate.config.max_streams))
+        ]
+        places, now = gate.capacity(held), list(held)
+        rates = [other.fps for other in held if other.fps]
+        another = Booking("b", max((o.cache_bytes for o in held), default=0), max(rates, default=None))
+        for _ in range(places - len(held)):
+            gate.check(another, now, 1)
+            now.append(another)
+        assert len(now) == places <= max(gate.config.max_streams, len(held))
+        if held:
+            with pytest.raises(AtCapacity) as refused:
+                gate.check(another, now, 1)
+            seen.add(refused.value.reason)
+        else:
+            assert places == gate.config.max_streams
+    assert seen == {"streams", "fps", "memory"}
+
+
+def test_a_machine_that_became_slower_has_fewer_places():
+    gate, held = admission(max_streams=100), [booking(fps=8.0, mib=0)]
+    assert gate.capacity(held) == 6
+    for _ in range(200):
+        gate.cost.observe(4, 0.6)
+    assert gate.capacity(held) < 6
+    assert gate.capacity([booking(fps=8.0, mib=0)] * 9) == 9, "who is there has his place"

@@ -66,7 +66,7 @@ def test_many_threads_count_and_one_calls_triton():
             metrics.control("seed", index % 2 == 0)
             metrics.ended("idle")
             metrics.snapshot(0.02, True)
-            metrics.streams(3, 1)
+            metrics.streams(3, 4, 1)
 
     threads = [threading.Thread(target=work, args=(index,)) for index in range(8)]
     for thread in threads:
@@ -91,7 +91,7 @@ def test_a_slow_triton_delays_no_event_and_gauges_overtake_counters():
     began = time.perf_counter()
     for phase in range(100):
         metrics.control(f"kind{phase}", True)
-    metrics.streams(5, 0)
+    metrics.streams(5, 8, 0)
     assert time.perf_counter() - began < 0.1
     assert until(lambda: triton.values.get("fastar_streams_active", {}).get(()) == 5, 1.0)
     assert len(triton.values.get("fastar_controls_total", {})) < 100
@@ -107,4 +107,4 @@ def test_a_server_without_metrics_goes_on(caplog):
     metrics = Metrics(triton_factory(SimpleNamespace(MetricFamily=MetricFamily)))
     assert until(lambda: "fastar" in {record.name for record in caplog.records}), "said once, in the log"
     metrics.admitted()
-    metrics.streams(1, 0)
+    metrics.streams(1, 8, 0)
