@@ -41,15 +41,18 @@ def record(scenario: str, seed: int) -> np.ndarray:
 
 
 def plot(curves: Path) -> None:
-    """The loss curves of all stages beside each other."""
+    """The loss curves of all stages, four in a row."""
     import matplotlib
 
     matplotlib.use("Agg")
     import matplotlib.pyplot as plt
 
     stages = json.loads(curves.read_text())
-    figure, axes = plt.subplots(1, len(stages), figsize=(3.5 * len(stages), 3), layout="constrained")
-    for axis, (name, curve) in zip(axes, stages.items(), strict=True):
+    rows = -(-len(stages) // 4)
+    figure, axes = plt.subplots(rows, 4, figsize=(14, 3 * rows), layout="constrained", squeeze=False)
+    for axis in axes.flat[len(stages) :]:
+        axis.axis("off")
+    for axis, (name, curve) in zip(axes.flat, stages.items(), strict=False):
         axis.plot(curve["step"], curve.get("psnr") or curve["loss"])
         axis.set(title=name, xlabel="step", ylabel="PSNR (dB)" if "psnr" in curve else "weighted x0 loss")
     figure.savefig(curves.with_suffix(".png"), dpi=100)
