@@ -9,6 +9,7 @@ for "only if nobody else can" in a health check; 503 and "not ready".
 
 from __future__ import annotations
 
+import contextlib
 import http.server
 import re
 import socket
@@ -65,13 +66,14 @@ class Admin:
 
             def reply(self, code: int, text: str, degraded: bool = False) -> None:
                 body = f"{text}\n".encode()
-                self.send_response(code)
-                if degraded:
-                    self.send_header("x-envoy-degraded", "true")
-                self.send_header("Content-Type", "text/plain")
-                self.send_header("Content-Length", str(len(body)))
-                self.end_headers()
-                self.wfile.write(body)
+                with contextlib.suppress(ConnectionError):  # the caller did not wait
+                    self.send_response(code)
+                    if degraded:
+                        self.send_header("x-envoy-degraded", "true")
+                    self.send_header("Content-Type", "text/plain")
+                    self.send_header("Content-Length", str(len(body)))
+                    self.end_headers()
+                    self.wfile.write(body)
 
             def log_message(self, *_: object) -> None:
                 """The model process says what it moves."""

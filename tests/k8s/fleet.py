@@ -163,11 +163,11 @@ class Audience:
             viewer.over = True
         await asyncio.gather(*self.tasks)
 
-    async def see(self, more: int, viewers: list[Viewer] | None = None, seconds: float = 60.0) -> None:
+    async def see(self, more: int, viewers: list[Viewer] | None = None) -> None:
         """Until each of these (None: all) has got so many more chunks."""
         viewers = self.viewers if viewers is None else viewers
         goals = [len(viewer.digests) + more for viewer in viewers]
-        async with asyncio.timeout(seconds):
+        async with asyncio.timeout(60 + 2 * more * self.period):
             while any(len(viewer.digests) < goal for viewer, goal in zip(viewers, goals, strict=True)):
                 await asyncio.sleep(0.02)
                 for task in self.tasks:

@@ -122,7 +122,7 @@ def gateway(
         else:
             readdress(cluster, servers)
         if "health_checks" in cluster:
-            check = {"interval": "0.5s", "no_traffic_interval": "0.5s", "timeout": "0.4s", "unhealthy_threshold": 2}
+            check = {"interval": "0.5s", "no_traffic_interval": "0.5s", "timeout": "3s", "unhealthy_threshold": 2}
             cluster["health_checks"] = [cluster["health_checks"][0] | check]
     file = folder / "envoy.yaml"
     file.write_text(yaml.safe_dump(config))

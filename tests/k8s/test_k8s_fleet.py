@@ -74,12 +74,15 @@ def test_streams_outlive_every_server_of_the_fleet(tiny_world, tmp_path, caplog)
 
 
 @pytest.mark.slow  # several minutes on two cores, which servers, gateway and viewers share
-def test_24_streams_outlive_everything(tiny_world, tmp_path, caplog):
+@pytest.mark.timeout(1200)
+@pytest.mark.parametrize(("world", "period", "snapshot_chunks"), [("tiny", 2.0, 8), ("doom", 20.0, 2)])
+def test_24_streams_outlive_everything(world, period, snapshot_chunks, request, tmp_path, caplog):
     """Its figures are in k8s/README.md: `pytest -s -m slow tests/k8s/test_k8s_fleet.py`."""
     caplog.set_level("INFO", logger="fastar.serve")
+    folder = str(request.getfixturevalue("tiny_world")) if world == "tiny" else world
 
     async def test(fleet: Fleet) -> None:
-        async with Audience(fleet, 24, period=2.0) as audience:
+        async with Audience(fleet, 24, period) as audience:
             await is_sticky(audience)
             for killed in (False, True):
                 index = [fleet.pod(i) for i in range(3)].index(
@@ -94,5 +97,5 @@ def test_24_streams_outlive_everything(tiny_world, tmp_path, caplog):
         print(f"{sum(len(viewer.digests) for viewer in audience.viewers)} chunks, none lost, doubled or another one")
         await is_as_alone(audience, sample=4)
 
-    with running_fleet(tmp_path, str(tiny_world), max_streams=16) as fleet:
+    with running_fleet(tmp_path, folder, max_streams=16, snapshot_chunks=snapshot_chunks) as fleet:
         asyncio.run(test(fleet))

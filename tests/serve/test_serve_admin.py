@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import http.client
 import http.server
+import socket
 import threading
+import time
 import types
 import urllib.error
 import urllib.request
@@ -119,3 +121,27 @@ def test_the_admin_port_tells_gateways_of_room(state, status, degraded):
     finally:
         connection.close()
         admin.stop()
+
+
+def test_a_caller_that_does_not_wait_is_nobodys_trouble(capfd):
+    """A gateway's health check gives up after a while; the rest of the answer then goes nowhere."""
+    asked, gone = threading.Event(), threading.Event()
+
+    def state() -> str:
+        asked.set()
+        gone.wait(5)
+        return "open" * 2_000_000  # more than the socket takes
+
+    admin = Admin("127.0.0.1", 0, types.SimpleNamespace(placement=state))
+    threads = threading.active_count()
+    try:
+        with socket.create_connection(("127.0.0.1", admin.port)) as caller:
+            caller.sendall(b"GET /placement HTTP/1.0\r\n\r\n")
+            assert asked.wait(5)
+        gone.set()
+        deadline = time.monotonic() + 5
+        while threading.active_count() > threads and time.monotonic() < deadline:
+            time.sleep(0.01)
+    finally:
+        admin.stop()
+    assert "Traceback" not in capfd.readouterr().err
