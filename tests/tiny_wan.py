@@ -10,7 +10,6 @@ from typing import Any
 
 import random_world
 import torch
-import transformers
 from tokenizers import Tokenizer, models, pre_tokenizers, processors
 from torch import Tensor, nn
 
@@ -46,6 +45,8 @@ def shaken(module: nn.Module, gain: float = 1.5) -> nn.Module:
 
 def write_text(folder: Path) -> Path:
     """umT5's encoder and tokenizer, in diffusers' layout."""
+    import transformers  # here, as every test process collects files that import this one
+
     vocabulary = {word: index for index, word in enumerate(["<pad>", "</s>", "<unk>", *WORDS])}
     tokenizer = Tokenizer(models.WordLevel(vocabulary, unk_token="<unk>"))
     tokenizer.pre_tokenizer = pre_tokenizers.WhitespaceSplit()

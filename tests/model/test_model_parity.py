@@ -2,17 +2,20 @@
 
 from __future__ import annotations
 
+from typing import TYPE_CHECKING
+
 import pytest
 import random_world
 import torch
-from diffusers import WanTransformer3DModel
-from diffusers.models.transformers.transformer_wan import WanAttnProcessor
 
 from fastar_backend.attention import CacheShape, FrameCache, TextCache, make_cache
 from fastar_backend.attention.batch import StreamsAttend, StreamsAttendText
 from fastar_backend.config import AttentionConfig, ModelConfig
 from fastar_backend.model.dit import CausalDiT
 from fastar_backend.model.wan_names import native
+
+if TYPE_CHECKING:
+    from diffusers import WanTransformer3DModel
 
 DENSE = AttentionConfig(kind="dense")
 CHUNK = 3  # latent frames
@@ -26,6 +29,8 @@ SHAPES = {
 
 
 def of_diffusers(config: ModelConfig) -> WanTransformer3DModel:
+    from diffusers import WanTransformer3DModel  # here, as every test process collects this file
+
     return WanTransformer3DModel(
         patch_size=config.patch, num_attention_heads=config.heads, attention_head_dim=config.head_dim,
         in_channels=config.latent_channels, out_channels=config.latent_channels, text_dim=config.text_dim,
@@ -113,16 +118,16 @@ def test_a_timestep_for_each_frame(pair):
     assert error(streams.step(latents, sigma.flip(1)), want) > 1e-2, "this test must not be blind to the timesteps"
 
 
-class BlockCausal(WanAttnProcessor):
+def block_causal(chunk_tokens: int):
     """diffusers' self-attention, each chunk seeing itself and what was before."""
+    from diffusers.models.transformers.transformer_wan import WanAttnProcessor
 
-    def __init__(self, chunk_tokens: int) -> None:
-        super().__init__()
-        self.chunk_tokens = chunk_tokens
+    class BlockCausal(WanAttnProcessor):
+        def __call__(self, attn, hidden_states, encoder_hidden_states=None, attention_mask=None, rotary_emb=None):
+            chunk = torch.arange(hidden_states.shape[1]) // chunk_tokens
+            return super().__call__(attn, hidden_states, None, chunk[:, None] >= chunk[None], rotary_emb)
 
-    def __call__(self, attn, hidden_states, encoder_hidden_states=None, attention_mask=None, rotary_emb=None):
-        chunk = torch.arange(hidden_states.shape[1]) // self.chunk_tokens
-        return super().__call__(attn, hidden_states, None, chunk[:, None] >= chunk[None], rotary_emb)
+    return BlockCausal()
 
 
 @pytest.mark.parametrize("chunks", [2, 4])
@@ -138,7 +143,7 @@ def test_streamed_chunks_are_the_whole_block_causal_sequence(pair, chunks):
     streams = Streams(ours, text)
     usual = [block.attn1.processor for block in theirs.blocks]
     for block in theirs.blocks:
-        block.attn1.set_processor(BlockCausal(CHUNK * config.frame_tokens))
+        block.attn1.set_processor(block_causal(CHUNK * config.frame_tokens))
     try:
         for start in range(0, frames, CHUNK):
             here = slice(start, start + CHUNK)

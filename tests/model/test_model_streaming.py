@@ -118,7 +118,9 @@ def plain_chunks(q, own, near, far, v, far_bias):
     return torch.stack(outputs, 1)
 
 
-@pytest.mark.parametrize(("chunks", "reach", "n"), [(6, 3, 10), (5, 1, 7), (2, 3, 4), (13, 2, 3), (20, 3, 2), (4, 3, 5)])
+@pytest.mark.parametrize(
+    ("chunks", "reach", "n"), [(6, 3, 10), (5, 1, 7), (2, 3, 4), (13, 2, 3), (20, 3, 2), (4, 3, 5)]
+)
 def test_merged_parts_are_one_softmax_and_so_are_their_gradients(chunks, reach, n):
     torch.manual_seed(4)
     batch, heads, dim = 2, 3, 8

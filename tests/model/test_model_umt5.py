@@ -10,7 +10,6 @@ from pathlib import Path
 import pytest
 import tiny_wan
 import torch
-import transformers
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
@@ -30,6 +29,8 @@ def folder(tmp_path_factory) -> Path:
 
 def directly(folder: Path, prompts: list[str]) -> Tensor:
     """As Wan's pipelines do it: padded to the full length, masked, and zero beyond the tokens."""
+    import transformers
+
     tokenizer = transformers.AutoTokenizer.from_pretrained(folder / "tokenizer")
     encoder = transformers.UMT5EncoderModel.from_pretrained(folder / "text_encoder").eval().requires_grad_(False)
     tokens = tokenizer(prompts, padding="max_length", truncation=True, max_length=LENGTH, return_tensors="pt")
@@ -148,6 +149,8 @@ def test_without_the_optional_dependencies(folder, monkeypatch, absent):
 
 
 def test_wrong_sources(folder, tmp_path):
+    import transformers
+
     with pytest.raises(WeightsError, match="absent does not exist; allowed: a local"):
         UMT5Text(str(tmp_path / "absent"))
     with pytest.raises(WeightsError, match="^text: cannot read .*; allowed: a folder or hub id") as caught:
