@@ -73,7 +73,7 @@ def test_streams_outlive_every_server_of_the_fleet(tiny_world, tmp_path, caplog)
         asyncio.run(test(fleet))
 
 
-@pytest.mark.slow  # several minutes on two cores, which servers, gateway and viewers share
+@pytest.mark.slow  # minutes on two cores, which servers, gateway and viewers share; with "doom" nothing else may run
 @pytest.mark.timeout(1200)
 @pytest.mark.parametrize(("world", "period", "snapshot_chunks"), [("tiny", 2.0, 8), ("doom", 20.0, 2)])
 def test_24_streams_outlive_everything(world, period, snapshot_chunks, request, tmp_path, caplog):
