@@ -32,9 +32,7 @@ CONTROL_ACTION = "control"  # alone in a request that is a control
 ENCODINGS = ("raw", "jpeg", "h264")
 TENANT_HEADER = "x-fastar-tenant"
 MIGRATE_HEADER = "x-fastar-migrate"  # "1": we know what `migrate` in STATS asks of us
-POD_HEADER = (
-    "x-fastar-pod"  # the pin: what a gateway's reply has under this name; sent again it leads back there
-)
+POD_HEADER = "x-fastar-pod"  # the pin: what a gateway's reply has under this name; sent again it leads back there
 MAX_BLEND_CHUNKS = 64
 MAX_PROMPT_BYTES = 4096
 MAX_ACTION_BYTES = 256
