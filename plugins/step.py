@@ -11,6 +11,7 @@ float64), and the patch embedding is a product of matrices."""
 
 from __future__ import annotations
 
+import abc
 import dataclasses
 from typing import NamedTuple
 
@@ -31,7 +32,7 @@ assert ops
 __all__ = ["GRAPHS", "PASSES", "Binding", "Graph", "Part", "Plan", "bindings", "make", "plan"]
 
 
-class Graph(nn.Module):
+class Graph(nn.Module, abc.ABC):
     """Takes its inputs in the order of its bindings and returns its outputs likewise, all new tensors. kind: graphs of
     one kind and plan differ in their weights only."""
 
@@ -45,9 +46,9 @@ class Graph(nn.Module):
         made = self.run({binding.name: tensor for binding, tensor in zip(self.inputs, tensors, strict=True)})
         return tuple(made[binding.name] for binding in self.outputs)
 
+    @abc.abstractmethod
     def run(self, given: dict[str, Tensor]) -> dict[str, Tensor]:
-        """Inputs by name -> outputs by name. Abstract: each graph below has its own."""
-        raise NotImplementedError
+        """Inputs by name -> outputs by name."""
 
     def parts(self) -> list[Part]:
         """What the graph consists of, in order."""

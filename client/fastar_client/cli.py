@@ -219,7 +219,7 @@ async def record(
         def stop(ended: str, exit_code: int) -> None:
             recording.ended, recording.exit_code = ended, exit_code
             closing.append(loop.create_task(stream.close()))
-            with contextlib.suppress(NotImplementedError):
+            with contextlib.suppress(NotImplementedError):  # on Windows, see below
                 for number in caught:
                     loop.remove_signal_handler(number)
 

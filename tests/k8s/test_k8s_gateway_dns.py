@@ -75,12 +75,18 @@ class Live:
         assert self.call.code() == grpc.StatusCode.OK
 
 
+def live_at(channel, pod) -> tuple[dict[str, str], Live]:
+    """The pins of both pods, and a stream at one of them."""
+    known = pins(channel, 2)
+    live = Live(channel, known[pod])
+    assert live.ask() == pod
+    return known, live
+
+
 def test_a_closed_pod_gets_no_new_streams_and_keeps_its_own(running):
     _, envoy, channel, servers = running
     closed, left = PODS
-    known = pins(channel, 2)
-    live = Live(channel, known[closed])
-    assert live.ask() == closed
+    known, live = live_at(channel, closed)
     servers[0].state = "closed"
     envoy.wait_for_open(1)
     assert {ask(channel)[0] for _ in range(30)} == {left}
@@ -95,9 +101,7 @@ def test_a_closed_pod_gets_no_new_streams_and_keeps_its_own(running):
 def test_a_pod_that_leaves_the_service_gets_no_calls_and_keeps_its_streams(running):
     dns, envoy, channel, _ = running
     gone, left = PODS
-    known = pins(channel, 2)
-    live = Live(channel, known[gone])
-    assert live.ask() == gone
+    known, live = live_at(channel, gone)
     dns.addresses["triton"] = [left]
     envoy.wait_for(1)
     envoy.wait_for_open(1)
