@@ -20,7 +20,7 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
 from fastar_backend.config import ModelConfig, SamplerConfig
-from fastar_backend.evaluation.game import SCENARIOS
+from fastar_backend.evaluation.game import HELD_OUT, SCENARIOS
 from fastar_backend.model.autoencoder import FrameAutoencoder, unit_rms
 from fastar_backend.model.dit import CausalDiT
 from fastar_backend.model.text import HashedWords
@@ -285,7 +285,7 @@ def main() -> None:
     cli.add_argument("--init", type=Path, help="weights to go on from, on their own context")
     cli.add_argument("--latent-frames", type=int, default=25000, help="per scenario and process")
     cli.add_argument("--workers", type=int, default=15, help="per process")
-    cli.add_argument("--seed", type=int, default=0, help="of the games")
+    cli.add_argument("--seed", type=int, default=0, help="of the games; later ones than 69 are held out")
     cli.add_argument("--autoencoder-seconds", type=float, default=110)
     cli.add_argument("--context-seconds", type=float, default=390, help="stage 1: true context")
     cli.add_argument("--own-seconds", type=float, default=400, help="stage 2: the model's own context")
@@ -297,6 +297,8 @@ def main() -> None:
     torch.manual_seed(0)
     torch.backends.cuda.matmul.allow_tf32 = True
     ranks = Ranks()
+    if not 0 <= args.seed <= HELD_OUT // 1000 - ranks.count:  # a process's games have a thousand seeds
+        cli.error(f"--seed: got {args.seed}; allowed: 0..{HELD_OUT // 1000 - ranks.count}")
     device = ranks.device
     scale, short = (1, 4) if args.tiny else (8, 24)  # batch and window lengths
     began = time.monotonic()
