@@ -17,7 +17,7 @@ from fastar_client.load.record import StreamRecord
 from fastar_client.load.run import Runner, Target, probe
 from fastar_client.load.scenario import Phase, Scenario
 from live import LiveServer
-from scripted import ScriptedServer, grpc_server
+from scripted import BUSY, ScriptedServer, grpc_server
 
 TOLERANCE = 0.06  # seconds
 PERIOD = 0.2  # 4 frames at 20 FPS
@@ -106,6 +106,7 @@ def test_a_server_that_falls_silent():
     assert record.outcome == "completed"
 
 
+@BUSY
 def test_arrivals_keep_their_schedule_whatever_the_server_does():
     """Closed-loop clients would have waited for the slow first chunks, and so have spared the server its own load."""
     server = ScriptedServer(step_seconds=0.02, delays={0: 1.2})
