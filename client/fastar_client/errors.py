@@ -4,7 +4,7 @@ FastarError
 ├── InvalidArgument     a value of yours is out of range; `error.field` names it (also raised before anything is sent)
 ├── NotFound            the server does not know this model, or no longer knows this stream (idle too long)
 ├── ResourceExhausted   no slot or memory is left for another stream
-├── ServerUnavailable   nothing listens there, or it is not (yet) a ready Triton server
+├── ServerUnavailable   nothing listens there, it is not (yet) a ready Triton server, or it broke before it answered
 ├── StreamLost          the connection broke, or the server died, while the stream was running, and it did not come back
 │   └── TakenOver       another connection has resumed this stream
 ├── ServerError         the server failed, or broke the protocol
@@ -133,21 +133,28 @@ def from_server(message: str) -> FastarError:
     return ServerError(f"server: {message}; its log tells more")
 
 
+# A call that breaks: which of these it gets is a matter of where and when the break is noticed.
+BROKEN = ("UNAVAILABLE", "CANCELLED", "INTERNAL", "UNKNOWN", "ABORTED")
+
+
 def from_grpc(code: str, details: str, url: str, streaming: bool = False) -> FastarError:
-    """The exception for a failed gRPC call. code: name of a grpc.StatusCode; streaming: replies had come already."""
-    lost = code in ("UNAVAILABLE", "CANCELLED", "INTERNAL", "UNKNOWN", "ABORTED")
-    if lost and not streaming:
-        if re.search(r"http1\.x|http/1|HTTP2 status|Expected SETTINGS", details, re.IGNORECASE):
-            return ServerUnavailable(f"{url}: does not speak gRPC; give Triton's gRPC port, usually 8001")
-        if re.search(r"handshak|certificate|SSL|TLS", details):
-            return ServerUnavailable(f"{url}: no TLS with this server ({details}); check both ends' certificates")
-        if re.search(r"failed to connect|refused|DNS|resol|no route|unreachable|timed out", details, re.IGNORECASE):
-            return ServerUnavailable(f"no Triton server at {url}; start one with `fastar serve`")
+    """The exception for a failed gRPC call. code: name of a grpc.StatusCode; streaming: replies had come already.
+    Of `details` the words may depend, never the class."""
     if code == "UNIMPLEMENTED":
         return ServerUnavailable(f"{url}: speaks gRPC, but is no Triton server; give Triton's gRPC port, usually 8001")
     if code == "DEADLINE_EXCEEDED":
         return TimedOut(f"{url}: no answer in time; is the server overloaded or hung?")
-    if lost:
-        what = f"connection to {url} lost ({code}: {details})"
-        return StreamLost(f"{what}; the frames received so far are complete, open a new stream")
-    return BY_CODE.get(code, ServerError)(f"{url}: {details}")
+    if code not in BROKEN:
+        return BY_CODE.get(code, ServerError)(f"{url}: {details}")
+    cause = f"gRPC: {'cancelled by the server' if code == 'CANCELLED' else code}: {details}"
+    if streaming:
+        what = f"stream from {url} lost: the server or the connection broke it off"
+        return StreamLost(f"{what}; the frames received so far are complete, open a new stream ({cause})")
+    if re.search(r"http1\.x|http/1|HTTP2 status|Expected SETTINGS", details, re.IGNORECASE):
+        return ServerUnavailable(f"{url}: does not speak gRPC; give Triton's gRPC port, usually 8001")
+    if re.search(r"handshak|certificate|SSL|TLS", details):
+        return ServerUnavailable(f"{url}: no TLS with this server ({details}); check both ends' certificates")
+    if re.search(r"failed to connect|refused|DNS|resol|no route|unreachable|timed out", details, re.IGNORECASE):
+        return ServerUnavailable(f"no Triton server at {url}; start one with `fastar serve`")
+    what = f"no answer from a Triton server at {url}"
+    return ServerUnavailable(f"{what}; start one with `fastar serve`, or see its log ({cause})")

@@ -36,13 +36,13 @@ from fastar_client.protocol import (
     FRAMES,
     MODEL,
     OPTIONS,
-    POD_HEADER,
     PROMPT,
     STATS,
     VIDEO,
     ChunkRequest,
     Reply,
 )
+from fastar_client.rpc import Ending, named_pod
 from fastar_client.shared import Ring, check_same_host
 
 # Pings keep an idle stream's connection open through load balancers. gRPC servers, Triton's among them, drop a client
@@ -209,10 +209,7 @@ class GrpcTransport:
                 return False
             if code == "DEADLINE_EXCEEDED":
                 raise ServerUnavailable(f"{self.url}: no Triton server answered within {timeout:g} s") from None
-            failure = from_grpc(code, details, self.url)
-            if isinstance(failure, StreamLost):  # nothing was streaming yet
-                failure = ServerUnavailable(f"no Triton server answers at {self.url} ({code}: {details})")
-            raise failure from None
+            raise from_grpc(code, details, self.url) from None
 
 
 class GrpcCall:
@@ -229,6 +226,7 @@ class GrpcCall:
         self._cancelled = False
         self._streaming = False
         self._replies: Any = client.stream_infer(self._requests(), headers=dict(metadata))
+        self._ending = Ending(self._replies)
 
     def send(self, request: ChunkRequest) -> None:
         self._outbox.put_nowait(request)
@@ -242,14 +240,17 @@ class GrpcCall:
         except StopAsyncIteration:
             return None
         except grpc.aio.AioRpcError as error:
-            code, details = error.code().name, error.details() or "no details"
-            raise from_grpc(code, details, self.url, self._streaming) from None
+            code, details = await self._ending.status(self._replies, error)
+            if code == "OK":  # it had finished when we wrote a request more
+                return None
+            raise from_grpc(code, details or "no details", self.url, self._streaming) from None
         except asyncio.CancelledError:
             # grpc.aio raises this also in a task that nobody cancelled, when the connection is closed under the call.
             task = asyncio.current_task()
             if self._cancelled or (task is not None and task.cancelling()):
                 raise
-            raise from_grpc("CANCELLED", "the call was cancelled", self.url, self._streaming) from None
+            what = f"stream from {self.url} lost: the connection was closed on this side"
+            raise StreamLost(f"{what}; the frames received so far are complete, open a new stream") from None
         if not self._streaming:
             self._streaming, self.pod = True, await named_pod(self._replies)
         return from_server(error.message()) if error is not None else decode(result, self._ring)
@@ -290,14 +291,6 @@ class Closed:
 
     async def __anext__(self) -> tuple[None, None]:
         raise StopAsyncIteration
-
-
-async def named_pod(replies: Any) -> str | None:
-    """The pin that a gateway put into the headers of a call, once a reply has come. tritonclient has no public way to
-    them; without it streams are resumed wherever the gateway likes."""
-    call = getattr(replies, "_grpc_call", None)
-    headers = dict(await call.initial_metadata()) if call is not None else {}
-    return headers.get(POD_HEADER)
 
 
 def encode(request: ChunkRequest, ring: Ring | None = None) -> dict[str, object]:

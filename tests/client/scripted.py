@@ -34,8 +34,8 @@ class Died(Exception):
 @dataclasses.dataclass
 class ScriptedServer:
     """Every pixel of frame f of a stream is f mod 256. `faults` maps a chunk number to what happens in its place:
-    a string is an error message, a Reply a (wrong) reply, an exception breaks the connection, a function is called;
-    `hang` waits for ever, `finish` ends the call."""
+    a string is an error message, a Reply a (wrong) reply, an exception breaks the connection, a function is called
+    and returns one of these; `hang` waits for ever, `finish` ends the call."""
 
     chunk_frames: int = 4
     latent_frames: int = 2
@@ -94,14 +94,14 @@ class ScriptedServer:
                     await self.gate.acquire()
                 await asyncio.sleep(self.step_seconds + self.delays.get(chunk, 0.0))
                 fault = self.faults.get(chunk)
+                if callable(fault):
+                    fault = fault()
                 if fault == self.hang:
                     await asyncio.Event().wait()
                 if fault == self.finish:
                     return
                 if isinstance(fault, Exception):
                     raise fault
-                if callable(fault):
-                    fault()
                 unanswered -= 1
                 yield fault or self.reply(chunk, self.chunk_frames, world=chunk == 0, prompt=bool(request.prompt))
                 chunk += 1
@@ -251,13 +251,13 @@ async def connected(kind: str, server: ScriptedServer, timeout: float = 5.0, **o
 
 
 @contextlib.contextmanager
-def threaded_server(server: ScriptedServer, authority: trustme.CA | None = None) -> Iterator[str]:
-    """`grpc_server` in a thread of its own, for callers that block. Yields its host:port."""
+def threaded_server(server: ScriptedServer, **options) -> Iterator[str]:
+    """`grpc_server` (with its options) in a thread of its own, for callers that block. Yields its host:port."""
     url: list[str] = []
     started, stop = threading.Event(), threading.Event()
 
     async def serve() -> None:
-        async with grpc_server(server, authority=authority) as at:
+        async with grpc_server(server, **options) as at:
             url.append(at)
             started.set()
             while not stop.is_set():

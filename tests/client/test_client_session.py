@@ -29,7 +29,7 @@ from fastar_client import (
 from fastar_client.protocol import Reply
 from fastar_client.transport import GrpcTransport
 from live import LiveServer
-from scripted import BUSY, Died, ScriptedServer, connected, grpc_server, until
+from scripted import Died, ScriptedServer, connected, grpc_server, until
 
 both = pytest.mark.parametrize("kind", ["mock", "grpc"])
 
@@ -405,7 +405,6 @@ def test_a_lost_connection(kind, fault):
     run(test)
 
 
-@BUSY  # on busy cores gRPC reports some of these breaks in other words
 @pytest.mark.parametrize("status", [grpc.StatusCode.CANCELLED, grpc.StatusCode.INTERNAL, grpc.StatusCode.UNKNOWN])
 @pytest.mark.parametrize("chunk", [0, 2])
 def test_a_call_broken_by_the_server(status, chunk):
@@ -413,14 +412,14 @@ def test_a_call_broken_by_the_server(status, chunk):
         server = ScriptedServer(faults={chunk: Died("going down")})
         async with grpc_server(server, status) as url, connect(url) as c:
             taken = []
-            with pytest.raises(StreamLost, match=f"{url} lost .{status.name}"):
+            kind, says = (StreamLost, "open a new stream") if chunk else (ServerUnavailable, "fastar serve")
+            with pytest.raises(kind, match=f"{url}.*{says}.*going down"):
                 await collect(c.stream("a hall"), taken)
             assert taken == list(range(chunk))
 
     run(test)
 
 
-@BUSY
 def test_a_killed_server_process():
     command = [sys.executable, str(Path(__file__).with_name("scripted.py"))]
     with subprocess.Popen(command, stdout=subprocess.PIPE, text=True) as process:
@@ -432,7 +431,7 @@ def test_a_killed_server_process():
                 with pytest.raises(StreamLost, match="frames received so far are complete"):
                     await collect(c.stream("a hall"), taken)
                 assert taken == list(range(8))
-                with pytest.raises(ServerUnavailable):
+                with pytest.raises(ServerUnavailable, match="fastar serve"):
                     await c.ready()
                 with pytest.raises(ServerUnavailable, match="fastar serve"):
                     await anext(c.stream("a hall"))
@@ -636,7 +635,7 @@ def test_a_connection_closed_under_a_call():
             waiting = asyncio.create_task(call.receive())
             await asyncio.sleep(0.05)
             await transport.close()
-            with pytest.raises(StreamLost, match="cancelled"):
+            with pytest.raises(StreamLost, match="closed on this side"):
                 await waiting
             call.half_close()
 
