@@ -273,7 +273,7 @@ def test_tls(tmp_path, monkeypatch, capsys):
     ours.cert_chain_pems[0].write_to_path(tmp_path / "cert.pem")
     ask = {"monkeypatch": monkeypatch, "capsys": capsys}
     files = ["--ca", f"{tmp_path}/ca.pem", "--certificate", f"{tmp_path}/cert.pem", "--key", f"{tmp_path}/key.pem"]
-    with threaded_server(ScriptedServer(), authority) as url:
+    with threaded_server(ScriptedServer(), authority=authority) as url:
         secure = url.replace("127.0.0.1", "localhost")
         assert command("ping", "--url", secure, *files, **ask)[0] == 0
         assert stream(secure, tmp_path, "--frames", "4", *files).returncode == 0
