@@ -45,7 +45,7 @@ RUN version="$(dpkg-query --show --showformat='${Version}' 'libnvinfer[0-9]*')" 
  && /opt/fastar/venv/bin/pip install -c constraints.txt --no-deps kernel-lens \
  && /opt/fastar/venv/bin/pip install --no-deps "tensorrt-cu13-bindings==${version%%-*}" \
  && /opt/fastar/venv/bin/python -m plugins.build --out /opt/fastar/plugins --arch "${ARCH}" --head-dim 64,128 \
-        --value decay=0.95 --value renew=true,false
+        --value renew=true,false
 
 FROM serve AS tensorrt
 COPY --from=plugins /opt/fastar/venv /opt/fastar/venv

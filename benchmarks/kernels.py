@@ -94,9 +94,6 @@ def attention(frames: int) -> dict[str, Any]:
     row["tiles"] = best
     row["ours"] = milliseconds(lambda: ops.attend(query, key, value, count, first, memory, stop))
     row["ours_tflops"] = work / row["ours"] / 1e9
-    lse = torch.empty(HEADS, QUERIES, device="cuda")
-    ops.attend(query, key, value, count, first, memory, stop, lse=lse)
-    row["mass"] = milliseconds(lambda: ops.mass(query, key, count, lse, 6, memory, stop))
     return row
 
 

@@ -44,12 +44,10 @@ QUERIES, ROWS, SLOTS = FRAME * CHUNK, 110 * 128, 4 * FRAME  # 9 latent frames in
 BLOCKS, KEYS = -(-QUERIES // 128), ROWS // 128
 SPEED: dict[str, dict[str, int]] = {
     "attend": {"n": QUERIES, "rows": ROWS},
-    "attend_lse": {"n": QUERIES, "rows": ROWS},
     "attend_sparse": {"n": QUERIES, "rows": ROWS, "block": 128},
     "append": {"n": QUERIES, "rows": ROWS, "streams": 1},
     "turn": {"n": QUERIES},
     "turn_into": {"n": QUERIES, "rows": ROWS, "frames": CHUNK},
-    "measure": {"n": QUERIES // 24, "rows": ROWS, "streams": 1, "stride": 1},
     "quantise": {"n": FRAME},
     "nearest": {"groups": 3, "n": FRAME, "slots": SLOTS},
     "place": {"pairs": FRAME, "n": FRAME, "slots": SLOTS, "rows": ROWS},

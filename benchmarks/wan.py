@@ -283,7 +283,7 @@ KERNELS = {
     "norms, gates, positions in space": ("modulate_kernel", "heads_kernel"),
     "attention to whole frames (cuDNN)": ("sdpa",),
     "attention to the memory and the prompt (ours)": ("attend_kernel",),
-    "positions in time, usage": ("turn_kernel", "mass_kernel"),
+    "positions in time": ("turn_kernel",),
     "merging: nearest groups": ("nearest_kernel",),
     "merging: the rest": ("merge_kernel", "place_kernel", "gather", "sort", "Sort", "TopK", "topk", "scatter"),
     "decoding": ("fprop", "triton_", "conv"),

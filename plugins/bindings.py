@@ -123,14 +123,15 @@ def bindings(plan: Plan, graph: str) -> list[Binding]:
         cache, new = ("G", f"{plan.rows}", f"{dim}"), ("G", f"{size}", f"{dim}")
         held = [Binding("keys", "half", cache), Binding("values", "half", cache),
                 Binding("code", "i32", ("G", f"{caches.slots}", f"{dim // 4}")),
-                Binding("count", "f32", cache[:2]), Binding("usage", "f32", cache[:2]), Binding("first", "i32", ("G",)),
-                Binding("source", "half", new), Binding("new_value", "half", new), Binding("new_usage", "f32", new[:2]),
+                Binding("count", "f32", cache[:2]), Binding("stay", "f32", ("G", f"{caches.slots}")),
+                Binding("first", "i32", ("G",)), Binding("source", "half", new), Binding("new_value", "half", new),
+                Binding("new_stay", "f32", new[1:2]),
                 Binding("far", "i32", ("1",))]  # fmt: skip
-        made = _in_place(held, "keys", "values", "code", "count", "usage", "first")
+        made = _in_place(held, "keys", "values", "code", "count", "stay", "first")
         made[-1] = dataclasses.replace(made[-1], copied=True)  # made by no plugin
         return [*made, Binding("gone", "f32", ("1",), True)]
     start, layer = start_bindings(plan), layer_bindings(plan, graph)
-    each = {"keys", "values", "count", "first", "text_keys", "text_values", "text_count", "origin", "usage"}
+    each = {"keys", "values", "count", "first", "text_keys", "text_values", "text_count", "origin"}
     once = [binding for binding in layer if not binding.output and binding.name not in {*each, "x", "e6"}]
     every = [
         dataclasses.replace(binding, name=of_layer(binding.name, i), alias=binding.alias and f"{binding.alias}.{i}")
@@ -177,7 +178,7 @@ def layer_bindings(plan: Plan, graph: str) -> list[Binding]:
     if graph.startswith("write"):
         given.append(Binding("origin_row", "i32", ("B",)))
         whole = (group, str(plan.caches.places * plan.shape.frame_tokens), cache[2])
-        held += [Binding("origin", "half", whole), Binding("usage", "f32", cache[:2])]
-        written += ["origin", "usage"]
+        held.append(Binding("origin", "half", whole))
+        written.append("origin")
     made = _in_place([*given, *held], *written)
     return [*made, dataclasses.replace(x, name="next", output=True)]

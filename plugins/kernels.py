@@ -7,7 +7,6 @@ import triton
 import triton.language as tl
 
 from fastar_backend.kernels.attend.kernel import attend_kernel
-from fastar_backend.kernels.mass.kernel import mean_mass
 from fastar_backend.kernels.merge.kernel import merge_kernel, place_kernel
 from fastar_backend.kernels.nearest.kernel import nearest_kernel
 from fastar_backend.kernels.turn.kernel import turn_kernel
@@ -35,21 +34,7 @@ def attend(
     attend_kernel(
         query, key, value, count, first, first, first, first, out, count,
         queries, rows, rows, 0, D**-0.5, groups * D, D, rows * D, rows, groups * D, D,
-        out, count, D, BLOCK_M, BLOCK_N, False, False, False, PRECISION,
-    )  # fmt: skip
-
-
-@triton.jit
-def attend_lse(
-    query, key, value, count, first,
-    queries, groups, rows,
-    out, lse,
-    D: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, PRECISION: tl.constexpr,
-):  # fmt: skip
-    attend_kernel(
-        query, key, value, count, first, first, first, first, out, lse,
-        queries, rows, rows, 0, D**-0.5, groups * D, D, rows * D, rows, groups * D, D,
-        out, lse, D, BLOCK_M, BLOCK_N, False, False, True, PRECISION,
+        out, D, BLOCK_M, BLOCK_N, False, False, PRECISION,
     )  # fmt: skip
 
 
@@ -63,7 +48,7 @@ def attend_sparse(
     attend_kernel(
         query, key, value, count, counts, order, counts, blocks, out, count,
         queries, rows, rows, most, D**-0.5, groups * D, D, rows * D, rows, groups * D, D,
-        out, count, D, BLOCK_M, BLOCK_N, True, False, False, PRECISION,
+        out, D, BLOCK_M, BLOCK_N, True, False, PRECISION,
     )  # fmt: skip
 
 
@@ -109,25 +94,6 @@ def turn_into(
 
 
 @triton.jit
-def measure(
-    query, key, count, lse, usage, row,
-    queries, groups, rows, streams, stride, own,
-    usage_after,
-    D: tl.constexpr, DECAY: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, PRECISION: tl.constexpr,
-):  # fmt: skip
-    group = tl.program_id(1).to(tl.int64)
-    column = tl.program_id(0) * BLOCK_N + tl.arange(0, BLOCK_N)
-    inside = column < rows
-    mass = mean_mass(query, key, count, lse, column, queries, stride, rows, rows, D**-0.5, groups * D, D, rows * D,
-                     rows, D, BLOCK_M, PRECISION)  # fmt: skip
-    before = tl.load(usage + group * rows + column, mask=inside, other=0.0)
-    since = column - tl.load(row + group // (groups // streams))
-    fresh = (since >= 0) & (since < own)
-    tl.store(usage_after + group * rows + column,
-             tl.where(fresh, mass, before + (mass - before) * (1 - DECAY)), mask=inside)  # fmt: skip
-
-
-@triton.jit
 def quantise(
     x,
     tokens,
@@ -155,9 +121,9 @@ def nearest(
 
 @triton.jit
 def place(
-    slot, newcomer, replace, new_value, new_key, new_code, new_usage, key, value, code, count, usage,
+    slot, newcomer, replace, new_value, new_key, new_code, new_stay, key, value, code, count, stay,
     pairs, tokens, slots, rows,
-    key_after, value_after, code_after, count_after, usage_after, loser_value, loser_code, loser_count, loser_usage,
+    key_after, value_after, code_after, count_after, stay_after, loser_value, loser_code, loser_count,
     D: tl.constexpr,
 ):  # fmt: skip
     """What the pair leaves without a place is read before `place_kernel` overwrites it: slots of pairs are distinct."""
@@ -169,32 +135,29 @@ def place(
     if (tl.load(replace + pair) != 0) & (held > 0):
         lost = tl.load(value_after + (group * rows + to) * D + dims)
         lost_code = tl.load(_int8(code_after) + (group * slots + to) * D + dims)
-        lost_usage = tl.load(usage_after + group * rows + to)
     else:
         held = 1.0
         lost = tl.load(new_value + token * D + dims)
         lost_code = tl.load(_int8(new_code) + token * D + dims)
-        lost_usage = tl.load(new_usage + token)
     tl.store(loser_value + pair * D + dims, lost)
     tl.store(_int8(loser_code) + pair * D + dims, lost_code)
     tl.store(loser_count + pair, held)
-    tl.store(loser_usage + pair, lost_usage)
     place_kernel(
-        slot, newcomer, replace, new_key, new_value, _int8(new_code), new_usage,
+        slot, newcomer, replace, new_key, new_value, _int8(new_code), new_stay,
         pairs, tokens, slots, tokens * D, rows * D, rows,
-        key_after, value_after, _int8(code_after), count_after, usage_after, D,
+        key_after, value_after, _int8(code_after), count_after, stay_after, D,
     )  # fmt: skip
 
 
 @triton.jit
 def merge(
-    target, order, new_value, new_key, new_code, new_count, new_usage, key, value, code, count, usage,
+    target, order, new_value, new_key, new_code, new_count, new_stay, key, value, code, count, stay,
     tokens, slots, rows,
-    key_after, value_after, code_after, count_after, usage_after,
+    key_after, value_after, code_after, count_after, stay_after,
     D: tl.constexpr, RENEW: tl.constexpr,
 ):  # fmt: skip
     merge_kernel(
-        target, order, new_count, new_usage, new_value, new_key, _int8(new_code),
+        target, order, new_count, new_stay, new_value, new_key, _int8(new_code),
         tokens, slots, tokens * D, rows * D, rows,
-        key_after, value_after, _int8(code_after), count_after, usage_after, D, RENEW,
+        key_after, value_after, _int8(code_after), count_after, stay_after, D, RENEW,
     )  # fmt: skip

@@ -9,7 +9,6 @@ from pathlib import Path
 from typing import Any
 
 from fastar_backend.attention.flat_cache import TOGETHER
-from fastar_backend.attention.temp_cache import USAGE_DECAY
 from fastar_backend.config import AttentionConfig
 from fastar_backend.errors import InvalidInput
 from fastar_backend.model.world import World, load_world
@@ -73,8 +72,7 @@ def arch_of(capability: str | None) -> int:
 def compiled_for(plan: step.Plan) -> dict[str, list[float]]:
     """Values of what kernels have compiled in, beside the head dimension."""
     return {
-        "C": [plan.shape.rope_split[0] // 2], "density": [plan.attention.sparse_density], "decay": [USAGE_DECAY],
-        "renew": [True, False],
+        "C": [plan.shape.rope_split[0] // 2], "density": [plan.attention.sparse_density], "renew": [True, False]
     }  # fmt: skip
 
 

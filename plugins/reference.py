@@ -18,13 +18,9 @@ def _wide(x: Tensor) -> Tensor:
     return x.float() if x.itemsize < 4 else x
 
 
-def attend_lse(query: Tensor, key: Tensor, value: Tensor, count: Tensor, first: Tensor) -> tuple[Tensor, Tensor]:
+def attend(query: Tensor, key: Tensor, value: Tensor, count: Tensor, first: Tensor) -> Tensor:
     rows = torch.arange(key.shape[1], device=key.device)
     return _attend(query, key, value, count, (rows >= first[:, None])[:, None])
-
-
-def attend(query: Tensor, key: Tensor, value: Tensor, count: Tensor, first: Tensor) -> Tensor:
-    return attend_lse(query, key, value, count, first)[0]
 
 
 def attend_sparse(query: Tensor, key: Tensor, value: Tensor, count: Tensor, order: Tensor, counts: Tensor,
@@ -34,16 +30,16 @@ def attend_sparse(query: Tensor, key: Tensor, value: Tensor, count: Tensor, orde
     chosen.scatter_add_(2, blocks.clamp(0, chosen.shape[2] - 1).long(), visits.int())  # past the counts: anything
     block = order.argsort(-1) // BLOCK_M  # [G, N]: of each query
     allowed = chosen.gather(1, block[..., None].expand(-1, -1, chosen.shape[2])) > 0
-    return _attend(query, key, value, count, allowed.repeat_interleave(KEYS, dim=2))[0]
+    return _attend(query, key, value, count, allowed.repeat_interleave(KEYS, dim=2))
 
 
-def _attend(query: Tensor, key: Tensor, value: Tensor, count: Tensor, allowed: Tensor) -> tuple[Tensor, Tensor]:
+def _attend(query: Tensor, key: Tensor, value: Tensor, count: Tensor, allowed: Tensor) -> Tensor:
     """allowed: bool [G, N or 1, R]. A value is a sum over its group's members, so it is weighed without their count."""
     logits = _wide(query).transpose(0, 1) @ _wide(key).transpose(1, 2) * query.shape[-1] ** -0.5
     held = allowed & (count > 0)[:, None]
     lse = torch.where(held, logits + count[:, None].log(), -math.inf).logsumexp(-1)
     weight = torch.where(held, (logits - lse[..., None]).exp(), 0.0)
-    return (weight @ _wide(value)).transpose(0, 1).to(query.dtype).contiguous(), lse
+    return (weight @ _wide(value)).transpose(0, 1).to(query.dtype).contiguous()
 
 
 def append(cache: Tensor, new: Tensor, row: Tensor) -> Tensor:
@@ -71,16 +67,6 @@ def turn_into(cache: Tensor, source: Tensor, lines: Tensor, cos: Tensor, sin: Te
     return after
 
 
-def measure(query: Tensor, key: Tensor, count: Tensor, lse: Tensor, usage: Tensor, row: Tensor, *, stride: int = 1,
-            own: int = 1, decay: float = 0.9) -> Tensor:  # fmt: skip
-    logits = _wide(query)[::stride].transpose(0, 1) @ _wide(key).transpose(1, 2) * query.shape[-1] ** -0.5
-    mass = count * (logits - lse[:, ::stride, None]).exp().mean(1)
-    start = row.repeat_interleave(len(key) // len(row))[:, None]
-    place = torch.arange(key.shape[1], device=key.device)
-    fresh = (place >= start) & (place < start + own)
-    return torch.where(fresh, mass, decay * usage + (1 - decay) * mass).to(usage.dtype)
-
-
 def quantise(x: Tensor) -> Tensor:
     return _words((127 * F.normalize(_wide(x), dim=-1)).round().to(torch.int8))
 
@@ -95,17 +81,16 @@ def nearest(probe: Tensor, code: Tensor, first: Tensor) -> tuple[Tensor, Tensor]
 
 
 def place(slot: Tensor, newcomer: Tensor, replace: Tensor, new_value: Tensor, new_key: Tensor, new_code: Tensor,
-          new_usage: Tensor, key: Tensor, value: Tensor, code: Tensor, count: Tensor, usage: Tensor,
+          new_stay: Tensor, key: Tensor, value: Tensor, code: Tensor, count: Tensor, stay: Tensor,
           ) -> tuple[Tensor, ...]:  # fmt: skip
     group = torch.arange(len(slot), device=slot.device)[:, None].expand_as(slot)
     slot, newcomer, replace = slot.long(), newcomer.long(), replace != 0
     evicts = replace & (count[group, slot] > 0)
-    tensors = (key, value, code, count, usage)
-    entries = [
-        entry[group, newcomer] for entry in (new_key, new_value, new_code, torch.ones_like(new_usage), new_usage)
-    ]
+    tensors = (key, value, code, count, stay)
+    ones = torch.ones(newcomer.shape, dtype=count.dtype, device=count.device)
+    entries = [*(entry[group, newcomer] for entry in (new_key, new_value, new_code)), ones, new_stay[newcomer]]
     losers = []
-    for tensor, entry in zip(tensors[1:], entries[1:], strict=True):
+    for tensor, entry in zip(tensors[1:4], entries[1:4], strict=True):
         mask = evicts.reshape(evicts.shape + (1,) * (entry.dim() - 2))
         losers.append(torch.where(mask, tensor[group, slot], entry))
     after = [tensor.clone() for tensor in tensors]
@@ -115,23 +100,22 @@ def place(slot: Tensor, newcomer: Tensor, replace: Tensor, new_value: Tensor, ne
 
 
 def merge(target: Tensor, order: Tensor, new_value: Tensor, new_key: Tensor, new_code: Tensor, new_count: Tensor,
-          new_usage: Tensor, key: Tensor, value: Tensor, code: Tensor, count: Tensor, usage: Tensor, *,
+          new_stay: Tensor, key: Tensor, value: Tensor, code: Tensor, count: Tensor, stay: Tensor, *,
           renew: bool = True) -> tuple[Tensor, ...]:  # fmt: skip
     group = torch.arange(len(target), device=target.device)[:, None].expand_as(target)
     joins = target < code.shape[1]
     to, token = (group[joins], target[joins].long()), (group[joins], order[joins].long())
-    entries = (new_value, new_count, new_usage)
-    value, count, usage = (
+    value, count = (
         (_wide(tensor).index_put(to, _wide(entry)[token], accumulate=True)).to(tensor.dtype)
-        for tensor, entry in zip((value, count, usage), entries, strict=True)
+        for tensor, entry in ((value, new_value), (count, new_count))
     )
-    key, code = key.clone(), code.clone()
+    key, code, stay = key.clone(), code.clone(), stay.clone()
     if renew:
         last = joins.clone()
         last[:, :-1] &= target[:, :-1] != target[:, 1:]
         to, token = (group[last], target[last].long()), (group[last], order[last].long())
-        key[to], code[to] = new_key[token], new_code[token]
-    return key, value, code, count, usage
+        key[to], code[to], stay[to] = new_key[token], new_code[token], new_stay[token[1]]
+    return key, value, code, count, stay
 
 
 def arrange(key: Tensor) -> Tensor:

@@ -55,13 +55,13 @@ class EngineCaches(FlatCaches):
         self.count[:, self.slots : self.stop] = 1.0
         self._reset()
 
-    def _merge(self, heads: slice, place: int) -> None:
+    def _merge(self, heads: slice, place: int, due: Tensor) -> None:
         size = self.shape.frame_tokens
         there, rows = (slice(start, start + size) for start in (place * size, self.slots + place * size))
         gone = torch.zeros(1, device=self.shape.device)
-        held = {name: getattr(self, name)[heads] for name in ("keys", "values", "count", "usage", "first")}
+        held = {name: getattr(self, name)[heads] for name in ("keys", "values", "count", "stay", "first")}
         new = {"source": self.origin[heads, there], "new_value": self.values[heads, rows]}
-        new["new_usage"] = self.usage[heads, rows]
+        new["new_stay"] = due
         words = self.code[heads].view(torch.int32)
         new = {name: value.contiguous() for name, value in new.items()}
         self.runtime.run("update", held | new | {"code": words, "far": self.far[place : place + 1], "gone": gone})
@@ -70,7 +70,7 @@ class EngineCaches(FlatCaches):
     def layer(self, index: int) -> dict[str, Tensor]:
         """A pass's inputs from one layer's part."""
         heads = slice(index * self.shape.heads, (index + 1) * self.shape.heads)
-        names = ("keys", "values", "count", "first", "origin", "usage")
+        names = ("keys", "values", "count", "first", "origin")
         return {f"{name}.{index}": getattr(self, name)[heads] for name in names}
 
     def passed(self, sparse: bool) -> None:

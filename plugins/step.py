@@ -21,8 +21,7 @@ from torch.nn import functional as F
 
 from fastar_backend.attention.ann import planes
 from fastar_backend.attention.cache import by_place
-from fastar_backend.attention.flat_cache import SAMPLED_QUERIES
-from fastar_backend.attention.temp_cache import USAGE_DECAY
+from fastar_backend.attention.temp_cache import FREE
 from fastar_backend.errors import InvalidInput
 from fastar_backend.model.dit import Block, CausalDiT
 from plugins import ops  # registers the operators
@@ -168,21 +167,9 @@ class Layer(Graph):
         keys = made["keys.after"] = fastar.append(given["keys"], key, row)
         values = made["values.after"] = fastar.append(given["values"], value, row)
         cache = keys, values, given["count"], given["first"]
-        if not self.write:
-            return self.attend_sparse(query, *cache[:3], row) if self.sparse else fastar.attend(query, *cache)
-        sampled, own = query, self.plan.shape.chunk_tokens
-        stride = max(1, own // SAMPLED_QUERIES)
-        if self.sparse:  # whose softmax does not know what it left out
-            out = self.attend_sparse(query, *cache[:3], row)
-            sampled, stride = query[::stride].contiguous(), 1
-            _, lse = fastar.attend_lse(sampled, *cache)
-        else:
-            out, lse = fastar.attend_lse(query, *cache)
-        made["origin.after"] = fastar.append(given["origin"], key, given["origin_row"])
-        made["usage.after"] = fastar.measure(
-            sampled, keys, given["count"], lse, given["usage"], row, stride=stride, own=own, decay=USAGE_DECAY
-        )
-        return out
+        if self.write:
+            made["origin.after"] = fastar.append(given["origin"], key, given["origin_row"])
+        return self.attend_sparse(query, *cache[:3], row) if self.sparse else fastar.attend(query, *cache)
 
     def cross(self, query: Tensor, given: dict[str, Tensor]) -> Tensor:
         """`TextCache.attend`, also where AnnCA chooses by mass."""
@@ -232,9 +219,9 @@ class Begin(Graph):
 
 
 class Update(Graph):
-    """`FlatCaches._merge`: the frame of one place goes into the memory. `source`, `new_value`, `new_usage`: what
-    origin, values and usage have in the place's rows; `far`: its line of the table of turns. `gone`: tokens that went
-    into a group, all heads together."""
+    """`FlatCaches._merge`: the frame of one place goes into the memory. `source`, `new_value`: what origin and
+    values have in the place's rows; `far`: its line of the table of turns; `new_stay`: as in `TempCache`. `gone`:
+    tokens that went into a group, all heads together."""
 
     def __init__(self, plan: Plan) -> None:
         super().__init__(plan, "update", bindings(plan, "update"))
@@ -242,14 +229,14 @@ class Update(Graph):
             self.register_buffer(name, getattr(plan.caches, name), persistent=False)
         if not (slots := plan.caches.slots):
             raise InvalidInput("graph", "got update, and this attention keeps no groups", "fastar attention's")
-        self.register_buffer("backwards", -1 - torch.arange(slots) / slots, persistent=False)
+        self.register_buffer("backwards", FREE * (1 + torch.arange(slots) / slots), persistent=False)
 
     def run(self, given: dict[str, Tensor]) -> dict[str, Tensor]:
         fastar, config = torch.ops.fastar, self.plan.attention
         size, slots = self.plan.shape.frame_tokens, self.plan.caches.slots
-        held = tuple(given[name] for name in ("keys", "values", "code", "count", "usage"))
-        code_before, count, use = given["code"], given["count"][:, :slots], given["usage"][:, :slots]
-        usage, value = given["new_usage"], given["new_value"]
+        held = tuple(given[name] for name in ("keys", "values", "code", "count", "stay"))
+        code_before, count = given["code"], given["count"][:, :slots]
+        stay, value = given["new_stay"], given["new_value"]
         turned = fastar.turn(given["source"].transpose(0, 1).contiguous(), given["far"], self.cos, self.sin)
         key = turned.transpose(0, 1).contiguous()
         code = fastar.quantise(key)
@@ -258,39 +245,39 @@ class Update(Graph):
         joins = similarity > config.merge_threshold
         if not config.merge_early:
             joins = joins & (given["first"] < size)[:, None]
-        worth, newcomer = torch.where(joins, -2.0, usage).topk(size)
+        worth, newcomer = torch.where(joins, 3 * FREE, stay).topk(size)
         full = count > 0
         # Tokens that join no group mark a column of their own: TensorRT's scatter only replaces.
         marked = torch.zeros_like(torch.cat([count, count[:, :1]], 1))
         at = torch.where(joins, match, slots).long()
-        joined = marked.scatter(1, at, torch.ones_like(usage))[:, :slots] > 0
-        price = torch.where(joined, torch.inf, torch.where(full, use, self.backwards))
+        joined = marked.scatter(1, at, torch.ones_like(similarity))[:, :slots] > 0
+        price = torch.where(joined, torch.inf, torch.where(full, given["stay"], self.backwards))
         cost, slot = price.topk(size, largest=False)
-        replace = worth > cost  # whatever is worth more than -2 takes a free slot
+        replace = worth > cost  # whoever joins no group takes a free slot
         evicts = replace & full.gather(1, slot)
         lost = evicts | ~(replace | joins.gather(1, newcomer))
-        *held, loser_value, loser_code, loser_count, loser_usage = fastar.place(
-            slot.int(), newcomer.int(), replace.int(), *new, usage, *held
+        *held, loser_value, loser_code, loser_count = fastar.place(
+            slot.int(), newcomer.int(), replace.int(), *new, stay, *held
         )
-        held = self.merge(torch.where(joins, match, slots), new, torch.ones_like(usage), usage, held, renew=True)
+        held = self.merge(torch.where(joins, match, slots), new, torch.ones_like(similarity), stay, held, renew=True)
         first = (slots - (held[3][:, :slots] > 0).float().sum(-1)).int()
         gone = joins.float().sum()
         if config.fold_threshold < 1:
             similarity, target = fastar.nearest(loser_code, held[2], first)
             lost = lost & (target >= 0) & (similarity > config.fold_threshold)
             losers = loser_value, key, loser_code  # their keys are not looked at
-            held = self.merge(torch.where(lost, target, slots), losers, loser_count, loser_usage, held, renew=False)
+            held = self.merge(torch.where(lost, target, slots), losers, loser_count, stay, held, renew=False)
             gone = gone + lost.float().sum()
-        names = ("keys", "values", "code", "count", "usage", "first")
+        names = ("keys", "values", "code", "count", "stay", "first")
         made = zip((f"{name}.after" for name in names), (*held, first), strict=True)
         return dict(made) | {"gone": gone[None]}
 
     @staticmethod
-    def merge(target: Tensor, new: tuple[Tensor, Tensor, Tensor], count: Tensor, usage: Tensor,
+    def merge(target: Tensor, new: tuple[Tensor, Tensor, Tensor], count: Tensor, stay: Tensor,
               held: list[Tensor], renew: bool) -> list[Tensor]:  # fmt: skip
         order = torch.ops.fastar.arrange(target)
         ascending = target.gather(1, order.long())
-        return list(torch.ops.fastar.merge(ascending, order, *new, count, usage, *held, renew=renew))
+        return list(torch.ops.fastar.merge(ascending, order, *new, count, stay, *held, renew=renew))
 
 
 class Prompt(Graph):

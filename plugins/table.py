@@ -127,7 +127,7 @@ def _args(*lines: str) -> tuple[Argument, ...]:
 CACHE = ("key half G,R,D", "value half G,R,D")
 QUERY = "query half N,G,D"
 NEW = ("new_value half G,n,D", "new_key half G,n,D", "new_code i32 G,n,D//4")
-HELD = ("key half G,R,D", "value half G,R,D", "code i32 G,S,D//4", "count f32 G,R", "usage f32 G,R")
+HELD = ("key half G,R,D", "value half G,R,D", "code i32 G,S,D//4", "count f32 G,R", "stay f32 G,S")
 HELD_AFTER = tuple(f"{line.split()[0]}_after {' '.join(line.split()[1:])} = {line.split()[0]}" for line in HELD)
 # Block sizes that measured best on Hopper (fastar_backend/kernels/ops.py); float32 is for comparisons.
 DENSE = (
@@ -144,12 +144,6 @@ _OPERATORS = [
     Operator(
         "attend", kernels.attend,
         _args(QUERY, *CACHE, "count f32 G,R", "first i32 G"), _args("out half N,G,D"),
-        ("cdiv(N, BLOCK_M)", "G"), ("N", "G", "R"), {"D": "D"}, DENSE,
-    ),
-    # The same, and its log-sum-exp, which `measure` takes.
-    Operator(
-        "attend_lse", kernels.attend_lse,
-        _args(QUERY, *CACHE, "count f32 G,R", "first i32 G"), _args("out half N,G,D", "lse f32 G,N"),
         ("cdiv(N, BLOCK_M)", "G"), ("N", "G", "R"), {"D": "D"}, DENSE,
     ),
     # The same over the key blocks (128 rows each; R is a multiple) that each block of queries, taken in `order`,
@@ -184,17 +178,6 @@ _OPERATORS = [
         ("cdiv(n, BLOCK)", "G"), ("n", "R", "F", "row"), {"D": "D", "TIME": "2 * C"},
         ({"BLOCK": 32, "num_warps": 4},) * 2, {"row": 0}, divides={"n": "F"}, at_most={"row + n": "R", "2 * C": "D"},
     ),
-    # Running mean over chunks (`decay`) of the attention mass of each row, over every stride-th query; the chunk's
-    # `own` rows, from row[stream] on, start with what they have.
-    Operator(
-        "measure", kernels.measure,
-        _args(QUERY, "key half G,R,D", "count f32 G,R", "lse f32 G,N", "usage f32 G,R", "row i32 B"),
-        _args("usage_after f32 G,R = usage"),
-        ("cdiv(R, BLOCK_N)", "G"), ("N", "G", "R", "B", "stride", "own"), {"D": "D", "DECAY": "decay"},
-        ({"BLOCK_M": 64, "BLOCK_N": 64, "num_warps": 4, "num_stages": 2},
-         {"BLOCK_M": 32, "BLOCK_N": 64, "num_warps": 4, "num_stages": 1}),
-        {"stride": 1, "own": 1, "decay": 0.95}, divides={"G": "B"}, at_most={"own": "R"},
-    ),
     # Unit vectors as int8 codes, 127 long.
     Operator(
         "quantise", kernels.quantise,
@@ -212,16 +195,15 @@ _OPERATORS = [
     # distinct. loser: who is then without a place: the group that was there, else the token itself.
     Operator(
         "place", kernels.place,
-        _args("slot i32 G,P", "newcomer i32 G,P", "replace i32 G,P", *NEW, "new_usage f32 G,n", *HELD),
-        _args(*HELD_AFTER, "loser_value half G,P,D", "loser_code i32 G,P,D//4", "loser_count f32 G,P",
-              "loser_usage f32 G,P"),
+        _args("slot i32 G,P", "newcomer i32 G,P", "replace i32 G,P", *NEW, "new_stay f32 n", *HELD),
+        _args(*HELD_AFTER, "loser_value half G,P,D", "loser_code i32 G,P,D//4", "loser_count f32 G,P"),
         ("P", "G"), ("P", "n", "S", "R"), {"D": "D"}, ({"num_warps": 1},) * 2, at_most={"S": "R"},
     ),
-    # TempCache: entry p, token order[p], joins the group in slot target[p] (ascending; S: none). `renew`: keys and
-    # codes become those of the last member.
+    # TempCache: entry p, token order[p], joins the group in slot target[p] (ascending; S: none). `renew`: key, code
+    # and stay become those of the last member.
     Operator(
         "merge", kernels.merge,
-        _args("target i32 G,n", "order i32 G,n", *NEW, "new_count f32 G,n", "new_usage f32 G,n", *HELD),
+        _args("target i32 G,n", "order i32 G,n", *NEW, "new_count f32 G,n", "new_stay f32 n", *HELD),
         _args(*HELD_AFTER),
         ("n", "G"), ("n", "S", "R"), {"D": "D", "RENEW": "renew"}, ({"num_warps": 1},) * 2, {"renew": True},
         at_most={"S": "R"},

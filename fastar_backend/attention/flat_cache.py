@@ -26,12 +26,11 @@ from fastar_backend.attention import guard
 from fastar_backend.attention.cache import CacheShape, by_place
 from fastar_backend.attention.flat_select import select
 from fastar_backend.attention.layers import CacheStats
-from fastar_backend.attention.temp_cache import USAGE_DECAY
+from fastar_backend.attention.temp_cache import FREE, stay
 from fastar_backend.config import AttentionConfig
 from fastar_backend.kernels import ops
 from fastar_backend.model.layers import time_turns
 
-SAMPLED_QUERIES = 192  # of a chunk, at least, to measure which keys are used
 TOGETHER = 128  # heads that are merged at a time: bounds the temporary tensors
 
 
@@ -71,7 +70,7 @@ class FlatCaches:
     """`Caches` of one stream. A chunk is `prepare` (the host's part), `turn_history`, the layers' `attend`, `merge`,
     `took` (the host's part); the three in the middle may be recorded once and replayed."""
 
-    TENSORS = ("keys", "values", "origin", "usage", "count", "code", "first", "merged")
+    TENSORS = ("keys", "values", "origin", "count", "stay", "code", "first", "merged")
 
     def __init__(self, shape: CacheShape, config: AttentionConfig, layers: int) -> None:
         self.shape, self.config = shape, config
@@ -85,7 +84,9 @@ class FlatCaches:
         # The frames' keys at their place in their own chunk: always turned from here, so that no rounding piles up.
         self.origin = torch.zeros(heads, self.places * size, shape.head_dim, **on)
         floats = {"device": shape.device, "dtype": torch.float32}
-        self.usage, self.count = (torch.zeros(heads, rows, **floats) for _ in range(2))
+        self.count = torch.zeros(heads, rows, **floats)
+        self.stay = torch.zeros(heads, self.slots, **floats)  # see `TempCache`; of frames that this chunk drives out:
+        self.leaving = torch.zeros(shape.chunk_frames, size, **floats)
         self.code = torch.zeros(heads, self.slots, shape.head_dim, device=shape.device, dtype=torch.int8)
         self.first = torch.full((heads,), self.slots, device=shape.device, dtype=torch.int32)  # where groups begin
         self.merged = torch.zeros((), **floats)
@@ -127,10 +128,11 @@ class FlatCaches:
 
     def _lines(self, positions: Any) -> Tensor:
         """Lines of the table of turns, int32."""
-        lines = torch.tensor([position + self.span for position in positions], dtype=torch.int32)
-        if self.keys.is_cuda:  # through pinned memory: the host does not wait
-            lines = lines.pin_memory()
-        return lines.to(self.keys.device, non_blocking=True)
+        return self._there(torch.tensor([position + self.span for position in positions], dtype=torch.int32))
+
+    def _there(self, x: Tensor) -> Tensor:
+        """x, of the host's, on the device; through pinned memory, so that the host does not wait."""
+        return (x.pin_memory() if self.keys.is_cuda else x).to(self.keys.device, non_blocking=True)
 
     def _reset(self) -> None:
         self.work = Work(self.slots - self.first.float().mean(), torch.zeros((), device=self.shape.device))
@@ -152,6 +154,9 @@ class FlatCaches:
                 max(time - start, -shape.reach) - place % shape.chunk_frames for place, time in enumerate(self.times)
             )
             self.lines[: len(self.times)] = self._lines(positions)
+        if self.drives_out:
+            times = (self.times[place] for place in self.next_places)
+            self.leaving.copy_(self._there(torch.stack([stay(time, shape).cpu() + (time - start) for time in times])))
         samples = guard.plan(self.config, shape, len(self.layers), start)
         for layer, sample in zip(self.layers, samples, strict=True):
             layer.selection = None
@@ -177,12 +182,22 @@ class FlatCaches:
         after = self.own + self.shape.chunk_frames
         return after if after < self.places else self.config.sink_frames
 
+    @property
+    def next_places(self) -> range:
+        return range(self.following, self.following + self.shape.chunk_frames)
+
+    @property
+    def drives_out(self) -> bool:
+        """Whether frames go into the memory after this chunk: the ring is full, and its oldest chunk is where the next
+        one goes."""
+        return self.slots > 0 and max(len(self.times), self.own + self.shape.chunk_frames) == self.places
+
     def merge(self) -> None:
-        filled = max(len(self.times), self.own + self.shape.chunk_frames) == self.places
-        if filled and self.slots:  # the ring is full: its oldest chunk is where the next one goes
-            for place in range(self.following, self.following + self.shape.chunk_frames):
+        if self.drives_out:
+            for due, place in zip(self.leaving, self.next_places, strict=True):
                 for first in range(0, len(self.keys), TOGETHER):
-                    self._merge(slice(first, first + TOGETHER), place)
+                    self._merge(slice(first, first + TOGETHER), place, due)
+            self.stay -= self.shape.chunk_frames
 
     def took(self) -> None:
         chunk = self.shape.chunk_frames
@@ -190,26 +205,27 @@ class FlatCaches:
         self.history_frames += chunk
         self.own = self.following
 
-    def _merge(self, heads: slice, place: int) -> None:
-        """The frame at `place` goes into the memory. Same steps as `TempCache._merge`, none of which waits."""
+    def _merge(self, heads: slice, place: int, due: Tensor) -> None:
+        """The frame at `place`, whose tokens stay for `due`, goes into the memory. Same steps as `TempCache._merge`,
+        none of which waits."""
         size, slots = self.shape.frame_tokens, self.slots
         source = self.origin[heads, place * size : (place + 1) * size]
         rows = slice(slots + place * size, slots + (place + 1) * size)
         key = torch.empty_like(source)
         ops.turn(source.transpose(0, 1), self.far[place : place + 1], self.cos, self.sin, size, key.transpose(0, 1))
-        usage, code, first = self.usage[heads, rows].contiguous(), ops.quantise(key), self.first[heads]
-        held = ops.Groups(self.keys[heads], self.values[heads], self.code[heads], self.count[heads], self.usage[heads])
-        new = ops.Groups(key, self.values[heads, rows], code, torch.ones_like(usage), usage)
+        code, first = ops.quantise(key), self.first[heads]
+        held = ops.Groups(self.keys[heads], self.values[heads], self.code[heads], self.count[heads], self.stay[heads])
         similarity, match = ops.nearest(code, held.code, first)
+        new = ops.Groups(key, self.values[heads, rows], code, torch.ones_like(similarity), due)
         joins = similarity > self.config.merge_threshold
         if not self.config.merge_early:
             joins &= (first < size)[:, None]  # so many slots are free
-        # Newcomers that join no group: the most used of them replace free slots, then the least used groups.
-        worth, newcomer = usage.masked_fill(joins, -2.0).sort(-1, descending=True)
+        # Newcomers that join no group: those that stay longest replace free slots, then the groups whose time is up.
+        worth, newcomer = torch.where(joins, -torch.inf, due).sort(-1, descending=True)
         full, index = held.count[:, :slots] > 0, match.clamp(min=0).long()
-        price = torch.where(full, held.usage[:, :slots], -1.0)
+        price = torch.where(full, held.stay, FREE)
         price.masked_fill_(torch.zeros_like(price).scatter_add_(1, index, joins.float()) > 0, torch.inf)  # is joined
-        backwards = -1 - torch.arange(slots, device=price.device) / slots
+        backwards = FREE * (1 + torch.arange(slots, device=price.device) / slots)
         slot = torch.where(full, price, backwards).topk(size, largest=False).indices
         replace = worth > price.gather(1, slot)
         evicts = replace & full.gather(1, slot)
@@ -219,7 +235,7 @@ class FlatCaches:
             _rows(held.value, torch.where(evicts, slot, rows.start + newcomer)),
             torch.where(evicts[..., None], _rows(held.code, slot), _rows(code, newcomer)),
             torch.where(evicts, held.count.gather(1, slot), 1.0),
-            torch.where(evicts, held.usage.gather(1, slot), usage.gather(1, newcomer)),
+            due,  # likewise
         )
         ops.place(held, slot, newcomer, replace, new)
         ops.merge(held, torch.where(joins, match, slots), new, renew=True)
@@ -255,7 +271,7 @@ class FlatCaches:
         """Copied at once, and `state` too: recordings and layers know the tensors by their place in memory."""
         twin = copy.copy(self)
         twin.times = list(self.times)
-        for name in (*self.TENSORS, "lines"):
+        for name in (*self.TENSORS, "lines", "leaving"):
             setattr(twin, name, getattr(self, name).clone())
         twin.layers = [FlatLayer(twin, layer) for layer in range(len(self.layers))]
         return twin
@@ -314,9 +330,8 @@ class FlatLayer:
         if sparse and self.selection is None and (caches.times or caches.slots):
             self.selection = select(turned, keys, count, rows, stop, config, by_place(shape))
         chosen = self.selection if sparse else None
-        lse = torch.empty(shape.heads, len(query), device=query.device) if write and chosen is None else None
         first = caches.first[heads]
-        out = ops.attend(turned, keys, values, count, first, caches.slots, stop, selection=chosen, lse=lse)
+        out = ops.attend(turned, keys, values, count, first, caches.slots, stop, selection=chosen)
         work.seen = stop
         if chosen is None:
             work.dense_calls += 1
@@ -330,20 +345,7 @@ class FlatLayer:
                 tile = ops.sparse_tiles(query.dtype).queries, ops.KEY_BLOCK
                 kept = (part[:, :stop] for part in (keys, values, count))
                 work.measured.append(guard.by_blocks(self.sample, turned, *kept, tile, chosen))
-            stride = max(1, shape.chunk_tokens // SAMPLED_QUERIES)
-            if lse is None:  # the sparse softmax does not know what it left out
-                turned, stride = turned[::stride], 1
-                lse = torch.empty(shape.heads, len(turned), device=query.device)
-                ops.attend(turned, keys, values, count, first, caches.slots, stop, lse=lse)
-            self._measure(heads, ops.mass(turned, keys, count, lse, stride, caches.slots, stop), rows, stop)
         return out
-
-    def _measure(self, heads: slice, mass: Tensor, rows: slice, stop: int) -> None:
-        """A running mean over chunks of the attention mass; a new token starts with what it has."""
-        usage = self.caches.usage[heads, :stop]
-        fresh = mass[:, rows].clone()
-        usage.lerp_(mass, 1 - USAGE_DECAY)
-        usage[:, rows] = fresh
 
 
 def _rows(x: Tensor, index: Tensor) -> Tensor:

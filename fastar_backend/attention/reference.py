@@ -12,8 +12,7 @@ import math
 import torch
 from torch import Tensor
 
-USAGE_DECAY = 0.95  # per chunk, of a group's running attention mass
-USAGE_STRIDE = 6  # one query in so many measures it
+SPREAD, PERIOD = 4, 16  # TempCache: how much longer some tokens stay than others, and one in how many stays longest
 
 
 def attention(query: Tensor, keys: Tensor, values: Tensor, counts: Tensor | None = None) -> Tensor:
@@ -78,6 +77,7 @@ class Layout:
     reach: int  # temporal distances beyond it, counted from the chunk's first frame, are this
     time_dim: int
     theta: float
+    columns: int = 0  # tokens in a row of the frame; 0: one row
 
     def place(self, x: Tensor, times: list[int], start: int) -> Tensor:
         """x [heads, len(times), d], turned to the positions of `times` as seen from a chunk that starts at `start`."""
@@ -116,12 +116,27 @@ class Group:
     value: Tensor  # mean of the members'
     query: Tensor  # of the token that came last
     time: int  # latent frame of the newest member
-    usage: float = 0.0  # attention mass received
+    due: float = 0.0  # when the newest member is to give way: a latent frame, and a fraction
     count: int = 1
 
 
 def cosine(a: Tensor, b: Tensor) -> float:
     return float(a @ b) / math.sqrt(float(a @ a) * float(b @ b))
+
+
+def due(time: int, token: int, columns: int) -> float:
+    """When the token, a number within the frame at `time`, gives way: SPREAD latent frames later, or as many times that
+    as the power of two, PERIOD at most, that divides time + its number in the order of thinning. That order's binary
+    digits, from the lowest: is the token on a white square of a chessboard; is its row odd; the same of squares of
+    2 x 2 tokens, of 4 x 4, and so on."""
+    row, column = divmod(token, columns) if columns else (0, token)
+    digits = []
+    while row or column:
+        digits += [(row + column) % 2, row % 2]
+        row, column = row // 2, column // 2
+    number = sum(digit * 2**place for place, digit in enumerate(digits))
+    steps = next(step for step in (16, 8, 4, 2, 1) if step <= PERIOD and (time + number) % step == 0)
+    return time + SPREAD * steps + sum(digit / 2 ** (place + 1) for place, digit in enumerate(digits))
 
 
 def merge(groups: list[Group], leaving: list[Group], threshold: float, budget: int, match: str = "key",
@@ -130,9 +145,9 @@ def merge(groups: list[Group], leaving: list[Group], threshold: float, budget: i
 
     A token's match is the nearest group of its key (of its query: the paper); it joins if their *keys*' cosine exceeds
     the threshold, unless (not `early`) there is room for all who leave. The last member is the representative.
-    Tokens without a group found one; beyond `budget` groups the least used that nobody has just joined give way,
-    one for one, to newcomers that are used more. Who has no place is folded into the nearest group (count and mean
-    value, not the key) if their keys' cosine exceeds `fold`, or dropped.
+    Tokens without a group found one; beyond `budget` groups those that nobody has just joined give way, whose time is
+    up first, one for one, to newcomers that stay longer. Who has no place is folded into the nearest group (count and
+    mean value, not the key) if their keys' cosine exceeds `fold`, or dropped.
     """
     room = not early and len(groups) + len(leaving) <= budget
     joining: dict[int, list[Group]] = {}
@@ -144,12 +159,12 @@ def merge(groups: list[Group], leaving: list[Group], threshold: float, budget: i
             joining.setdefault(nearest, []).append(token)
         else:
             newcomers.append(token)
-    replaceable = sorted((g for i, g in enumerate(groups) if i not in joining), key=lambda group: group.usage)
+    replaceable = sorted((g for i, g in enumerate(groups) if i not in joining), key=lambda group: group.due)
     kept, losers = list(groups), []
-    for token in sorted(newcomers, key=lambda token: -token.usage):
+    for token in sorted(newcomers, key=lambda token: -token.due):
         if len(kept) < budget:
             kept.append(token)
-        elif replaceable and token.usage > replaceable[0].usage:
+        elif replaceable and token.due > replaceable[0].due:
             kept = [token if group is replaceable[0] else group for group in kept]
             losers.append(replaceable.pop(0))
         else:
@@ -161,15 +176,13 @@ def merge(groups: list[Group], leaving: list[Group], threshold: float, budget: i
             total = total + token.value
         group.count += len(tokens)
         group.value = total / group.count
-        group.usage += sum(token.usage for token in tokens)
-        group.key, group.time = tokens[-1].key, tokens[-1].time
+        group.key, group.time, group.due = tokens[-1].key, tokens[-1].time, tokens[-1].due
     for loser in losers if fold < 1 and kept else []:
         group = max(kept, key=lambda group: cosine(loser.key, group.key))
         if cosine(loser.key, group.key) <= fold:
             continue
         group.value = (group.value * group.count + loser.value * loser.count) / (group.count + loser.count)
         group.count += loser.count
-        group.usage += loser.usage
     return kept
 
 
@@ -197,16 +210,10 @@ class TempCache:
     def append(self, query: Tensor, key: Tensor, value: Tensor, start: int) -> None:
         """Takes a clean chunk in; frames beyond the newest leave for the memory."""
         size, times = self.layout.frame_tokens, self._times(start)
-        q, k = self.layout.place(query, times, start), self.layout.place(key, times, start)
         for head in range(len(self.memory)):
-            known = self.memory[head] + self.frames[head]
-            keys, _, counts = self._held(known, start, k[head], value[head])
-            mass = self._mass(q[head], keys, counts)
-            for group, share in zip(known, mass[: len(known)], strict=True):
-                group.usage = USAGE_DECAY * group.usage + (1 - USAGE_DECAY) * share
             self.frames[head] += [
                 Group(key[head, i].double(), value[head, i].double(), query[head, i].double(), times[i],
-                      mass[len(known) + i])
+                      due(times[i], i % size, self.layout.columns))
                 for i in range(len(times))
             ]  # fmt: skip
             surplus = len(self.frames[head]) - (self.sinks + self.recent) * size
@@ -231,17 +238,6 @@ class TempCache:
             values = torch.cat([torch.stack([group.value for group in groups]), values])
             counts = torch.cat([torch.tensor([group.count for group in groups], dtype=torch.float64), counts])
         return keys, values, counts
-
-    def _mass(self, query: Tensor, keys: Tensor, counts: Tensor) -> list[float]:
-        """Attention that each key receives, mean over one query in USAGE_STRIDE."""
-        received = [0.0] * len(keys)
-        rows = query[::USAGE_STRIDE]
-        for q in rows:
-            weights = [float(c) * math.exp(float(q @ k) / math.sqrt(len(q))) for k, c in zip(keys, counts, strict=True)]
-            total = sum(weights)
-            for j, weight in enumerate(weights):
-                received[j] += weight / total / len(rows)
-        return received
 
 
 def signatures(x: Tensor, planes: Tensor, tables: int, bits: int) -> list[list[int]]:

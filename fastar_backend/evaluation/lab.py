@@ -19,6 +19,7 @@ from fastar_backend.evaluation.store import Store, Unit
 from fastar_backend.evaluation.suites import Settings
 
 STREAM = 1  # the number of the one stream
+TWIN = 2  # of its fork
 SAMPLED = 4  # one frame in so many is compared by the metrics that cost
 
 
@@ -29,6 +30,7 @@ class Lab:
                  lpips: Callable[[np.ndarray, np.ndarray], list[float]] | None = None) -> None:  # fmt: skip
         self.engine, self.store, self.settings, self.policies, self.lpips = engine, store, settings, policies, lpips
         engine.stream_bytes = 1 << 62  # dense attention ends where memory does
+        self.seed = 0  # of the stream's noise
 
     def scene(self, unit: Unit) -> Scene:
         from fastar_backend.evaluation.scenes import scene_name
@@ -47,8 +49,8 @@ class Lab:
     def open(self, scene: Scene, policy: str, *, recall: bool = False, start: str = "nothing") -> Stream:
         """The one stream, anew; equal noise for equal scenes."""
         self.engine.close(STREAM)
-        seed = int.from_bytes(hashlib.sha256(f"{self.settings.seed} {scene.name}".encode()).digest()[:6], "big")
-        options = StreamOptions(seed=seed, start=start, attention=self.policies[policy], measure_recall=recall)
+        self.seed = int.from_bytes(hashlib.sha256(f"{self.settings.seed} {scene.name}".encode()).digest()[:6], "big")
+        options = StreamOptions(seed=self.seed, start=start, attention=self.policies[policy], measure_recall=recall)
         self.engine.open(STREAM, scene.prompt, options)
         return self.engine.streams[STREAM]
 
@@ -76,7 +78,7 @@ class Lab:
     def predict(self, stream: Stream, actions: Tensor) -> tuple[Tensor, np.ndarray]:
         """The next chunk, not yet written: its latents [1, ...] and its frames uint8 [n, height, width, 3]. The noise
         depends on the place in the scene, not on what was drawn before; a decoder that remembers begins anew."""
-        stream.noise.manual_seed(stream.noise.initial_seed() + stream.latent_frame)
+        stream.noise.manual_seed(self.seed + stream.latent_frame)
         stream.begin_chunk()
         latents, stream.decoded = self.engine.sample([stream], actions), self.engine.world.decoder.state()
         return latents, self.engine.decode([stream], latents)[0].numpy()

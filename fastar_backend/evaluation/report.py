@@ -224,13 +224,20 @@ def _drift(settings: Settings, rows: Rows) -> list[str]:
             for look in ("sharpness", "brightness", "contrast")
             for tenth in (0, 4, 9)
         ]
-        body.append([name, str(row["drift"]["frames"]), *cells])
+        truth = row["drift"]["truth"]
+        distances = [f"{truth[metric]:.3f}" for metric in ("psnr", "ssim", "flip")] if truth else 3 * [NONE]
+        known = [str(truth["frames"]) if truth else NONE, *distances]
+        body.append([name, str(row["drift"]["frames"]), *known, *cells])
     if not body:
         return []
-    head = ["method", "frames", *(f"{look}, {tenth} tenth" for look in ("sharpness", "brightness", "contrast")
-                                  for tenth in ("1st", "5th", "10th"))]  # fmt: skip
+    looks = ("sharpness", "brightness", "contrast")
+    head = ["method", "frames", "of them true", "truth PSNR (dB)", "truth SSIM", "truth FLIP",
+            *(f"{look}, {tenth} tenth" for look in looks for tenth in ("1st", "5th", "10th"))]  # fmt: skip
     base = "the game's mean in the same scene" if settings.truth is None else "the first tenth"
-    about = f"Of each method's longest rollout: tenths of the run over {base}. Sharpness: mean absolute gradient."
+    about = (
+        f"Of each method's longest rollout: tenths of the run over {base}. Sharpness: mean absolute gradient. Truth: "
+        "as far as the game goes under the same actions, where there is a rollout for drift."
+    )
     return ["## Drift", "", about, "", *table(head, body)]
 
 

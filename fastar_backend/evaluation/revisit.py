@@ -11,8 +11,10 @@ from typing import Any
 
 import numpy as np
 
+from fastar_backend.engine.stream import Stream
 from fastar_backend.evaluation import metrics
-from fastar_backend.evaluation.lab import STREAM, Lab, rounded
+from fastar_backend.evaluation.lab import STREAM, TWIN, Lab, rounded
+from fastar_backend.evaluation.scenes import Scene
 from fastar_backend.evaluation.store import Unit
 
 FIELD = 90.0  # degrees
@@ -71,7 +73,10 @@ def measure_revisit(lab: Lab, unit: Unit) -> dict[str, Any]:
     size, sizes, frames, poses = lab.chunk_latents, lab.settings.sizes, scene.frames, scene.poses
     wanted = plan(poses, size, lab.settings.budget, frames.shape[3], sizes.revisit_every)
     stream, latents, rows = lab.open(scene, unit.policy), lab.encode(frames), []
+    turned = turning_point(scene, size) if unit.kind == "away" else None
     for chunk in range(len(frames) // size):
+        if chunk * size == turned:
+            lab.engine.fork(STREAM, TWIN)
         part = slice(chunk * size, (chunk + 1) * size)
         move = lab.actions(scene.actions[part])
         if chunk in wanted:
@@ -79,7 +84,17 @@ def measure_revisit(lab: Lab, unit: Unit) -> dict[str, Any]:
             rows.append({"chunk": chunk, **_row(video, frames, poses, part, wanted[chunk], lab.settings.budget)})
         lab.tell(stream, latents[:, part], move, begun=chunk in wanted)
     lab.engine.close(STREAM)
-    return {"rows": rows, **_come_back(lab, unit)}
+    found: dict[str, Any] = {"rows": rows}
+    if TWIN in lab.engine.streams:
+        found["free"] = _come_back(lab, lab.engine.streams[TWIN], scene, turned)
+        lab.engine.close(TWIN)
+    return found
+
+
+def turning_point(scene: Scene, size: int) -> int:
+    """The latent frame, the first of a chunk of `size`, from which the player turns back."""
+    last = max((i for i, action in enumerate(scene.actions[: len(scene.frames)]) if action == "turn_left"), default=-1)
+    return (last + 1) // size * size
 
 
 def _row(video: np.ndarray, frames: np.ndarray, poses: np.ndarray, part: slice, columns: list[np.ndarray],
@@ -100,18 +115,10 @@ def _row(video: np.ndarray, frames: np.ndarray, poses: np.ndarray, part: slice, 
     return rows_rounded(row)
 
 
-def _come_back(lab: Lab, unit: Unit) -> dict[str, Any]:
+def _come_back(lab: Lab, stream: Stream, scene: Scene, turned: int) -> dict[str, Any]:
     """The way back all by itself: from where the player turns round, nothing is told any more. Squared errors of the
     frames at poses that were seen before, against the first view and against the game."""
-    scene = lab.scene(unit)
-    if unit.kind != "away":
-        return {}
     size, frames, poses = lab.chunk_latents, scene.frames, scene.poses
-    turned = max((i for i, action in enumerate(scene.actions[: len(frames)]) if action == "turn_left"), default=0) + 1
-    turned = turned // size * size
-    stream, latents = lab.open(scene, unit.policy), lab.encode(frames[:turned])
-    for begin in range(0, turned, size):
-        lab.tell(stream, latents[:, begin : begin + size], lab.actions(scene.actions[begin : begin + size]))
     found: dict[str, list[float]] = {"first": [], "truth": [], "first_truth": []}
     for begin in range(turned, len(frames) - size + 1, size):
         move = lab.actions(scene.actions[begin : begin + size])
@@ -126,8 +133,7 @@ def _come_back(lab: Lab, unit: Unit) -> dict[str, Any]:
             found["first"].append(float(metrics.squared_errors(trio[0], trio[2])[0]))
             found["truth"].append(float(metrics.squared_errors(trio[0], trio[1])[0]))
             found["first_truth"].append(float(metrics.squared_errors(trio[1], trio[2])[0]))
-    lab.engine.close(STREAM)
-    return {"free": {name: rounded(values, 2) for name, values in found.items()}}
+    return {name: rounded(values, 2) for name, values in found.items()}
 
 
 def rows_rounded(row: dict[str, Any]) -> dict[str, Any]:

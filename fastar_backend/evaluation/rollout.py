@@ -91,7 +91,8 @@ def measure_rollout(lab: Lab, unit: Unit) -> dict[str, Any]:
 
 
 def measure_drift(lab: Lab, unit: Unit) -> dict[str, Any]:
-    """A long rollout's looks, by tenths, against those of the game's frames in the same scene."""
+    """A long rollout's looks, by tenths, against those of the game's frames in the same scene, and its distance to
+    these."""
     scene = lab.scene(unit)
     done = roll(lab, scene, unit.policy, lab.settings.sizes.drift_frames)
     found: dict[str, Any] = {
@@ -100,7 +101,9 @@ def measure_drift(lab: Lab, unit: Unit) -> dict[str, Any]:
         "density": numbers(done.stats[-1:], "density"),
     }  # fmt: skip
     if scene.frames is not None and len(scene.frames) > lab.context:
-        found["truth_looks"] = summary(flat(scene.frames[lab.context :])[: len(done.video)])
+        truth = flat(scene.frames[lab.context :])
+        found["truth_looks"] = summary(truth[: len(done.video)])
+        found["truth"] = lab.compare(done.video, truth)
     return found
 
 

@@ -1,5 +1,5 @@
-"""Runs the units of an evaluation: scenes first, then dense attention (the others' reference), then the rest on several
-processes with one thread each, and speed last, alone. What is done is not done again."""
+"""Runs the units of an evaluation: scenes first, then dense attention (the others' reference) and long rollouts, then
+the rest on several processes with one thread each, and speed last, alone. What is done is not done again."""
 
 from __future__ import annotations
 
@@ -45,7 +45,7 @@ def plan(settings: Settings, policies: Sequence[str], parts: Sequence[Part]) -> 
     seeds = range(first, first + sizes.seeds)
     units = []
     for policy in policies:
-        if "drift" in parts and policy in DRIFT:
+        if "drift" in parts and policy in (*DRIFT, *(["dense"] if settings.device == "cuda" else [])):
             units.append(Unit("drift", policy, names[0], first))
         for seed in seeds:
             if "rollout" in parts:
@@ -80,7 +80,8 @@ def run(store: Store, settings: Settings, policies: dict[str, AttentionConfig], 
                 console.print(f"{progress.tasks[0].completed:.0f}/{len(units)} {unit.key}")
 
         alone = [unit for unit in todo if unit.part == "speed"]
-        stages = [[u for u in todo if u.part != "speed" and (u.policy == "dense") is dense] for dense in (True, False)]
+        first = [unit for unit in todo if unit.part == "drift" or (unit.policy == "dense" and unit not in alone)]
+        stages = [first, [unit for unit in todo if unit not in (*first, *alone)]]
         job = (store.folder, settings, policies, lpips)
         if workers == 1:
             lab = Lab(engine, store, settings, policies, Lpips.load(lpips) if lpips else None)
@@ -131,6 +132,9 @@ def measure(lab: Lab, unit: Unit) -> dict[str, Any]:
 def in_processes(stages: list[list[Unit]], workers: int, job: tuple) -> Iterator[tuple[Unit, dict[str, Any]]]:
     """Results as they come; a stage begins when the one before it has ended. One thread a process: two of them make
     half as many chunks again as one with two threads, and no bit depends on how many there are. Raises FastarError."""
+    # Not PyTorch's threads only: FLIP has a pool of its own, and two that spin for a core take ten times as long.
+    threads = os.environ.get("OMP_NUM_THREADS")
+    os.environ["OMP_NUM_THREADS"] = "1"
     pool = ProcessPoolExecutor(workers, multiprocessing.get_context("spawn"), _prepare, job)
     try:
         for stage in stages:
@@ -142,6 +146,9 @@ def in_processes(stages: list[list[Unit]], workers: int, job: tuple) -> Iterator
         raise FastarError("--workers: a process died (memory?); allowed: fewer of them, and --resume") from None
     finally:
         pool.shutdown(wait=True, cancel_futures=True)
+        os.environ.pop("OMP_NUM_THREADS")
+        if threads is not None:
+            os.environ["OMP_NUM_THREADS"] = threads
 
 
 def _prepare(folder: Path, settings: Settings, policies: dict[str, AttentionConfig], lpips: Path | None) -> None:

@@ -14,7 +14,7 @@ from fastar_backend.model.world_config import WorldConfig
 
 Part = Literal["rollout", "forced", "revisit", "drift", "speed"]
 PARTS: tuple[Part, ...] = ("rollout", "forced", "revisit", "drift", "speed")
-DRIFT = ("window", "tempcache-quant", "fastar-quant")  # of those chosen; dense attention would take hours
+DRIFT = ("window", "tempcache-quant", "fastar-quant")  # of those chosen; on a GPU dense attention, too
 
 
 class Suite(Config):

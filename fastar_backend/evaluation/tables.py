@@ -137,7 +137,7 @@ def following(results: Results, policy: str) -> dict[str, dict[str, float | int]
 
 def drift(results: Results, policy: str) -> dict[str, Any]:
     """Sharpness, brightness and contrast of each tenth of the longest rollout there is over the mean of the game's
-    (where it is known; else over the first tenth)."""
+    (where it is known; else over the first tenth). truth: its distance to the game's frames, and of how many."""
     units = results.of("drift", policy) or results.of("rollout", policy)
     found: dict[str, Any] = {"frames": max((unit["result"]["frames"] for unit in units), default=0)}
     for name in ("sharpness", "brightness", "contrast"):
@@ -148,6 +148,12 @@ def drift(results: Results, policy: str) -> dict[str, Any]:
             if len(values) == 10 and base > 0:
                 rows.append(values / base)
         found[name] = np.mean(rows, 0).round(4).tolist() if rows else None
+    truths = [unit["result"]["truth"] for unit in units if unit["part"] == "drift" and "truth" in unit["result"]]
+    found["truth"] = {
+        "frames": min(len(truth["squared_error"]) for truth in truths),
+        "psnr": float(np.mean([decibels(truth["squared_error"]) for truth in truths])),
+        **{name: float(np.mean([np.mean(truth[name]) for truth in truths])) for name in ("ssim", "flip")},
+    } if truths else None  # fmt: skip
     return found
 
 

@@ -12,7 +12,6 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from fastar_backend.kernels.attend.kernel import attend_kernel
-from fastar_backend.kernels.mass.kernel import mass_kernel
 from fastar_backend.kernels.merge.kernel import merge_kernel, place_kernel
 from fastar_backend.kernels.nearest.kernel import nearest_kernel
 from fastar_backend.kernels.norm.kernel import heads_kernel, modulate_kernel
@@ -48,8 +47,7 @@ def precision(dtype: torch.dtype) -> str:
 
 
 def attend(query: Tensor, key: Tensor, value: Tensor, count: Tensor, first: Tensor, memory: int, stop: int, *,
-           selection: tuple[Tensor, Tensor, Tensor] | None = None, lse: Tensor | None = None,
-           tile: Tiles | None = None) -> Tensor:  # fmt: skip
+           selection: tuple[Tensor, Tensor, Tensor] | None = None, tile: Tiles | None = None) -> Tensor:  # fmt: skip
     """softmax(q k / sqrt(d) + log count) v over keys first[head]..stop. Keys below `memory` stand for groups, and their
     values are sums over the members; those from there on count once.
 
@@ -57,14 +55,12 @@ def attend(query: Tensor, key: Tensor, value: Tensor, count: Tensor, first: Tens
     [heads, >= memory], 0 and a value of zeros where there is no group; first: int32 [heads]; selection: (order int
     [heads, queries], counts int32 [heads, query blocks], blocks int32 [heads, query blocks, most] of KEY_BLOCK keys;
     query blocks of `sparse_tiles`): then all rows have a count, and those from `stop` to the end of the last block
-    are zeros; lse: float32 [heads, queries], written. Returns [queries, heads, dim], contiguous."""
+    are zeros. Returns [queries, heads, dim], contiguous."""
     queries, heads, dim = query.shape
     before = None
     if selection is None and tile is None and _splits(query, stop - memory):
         before = _whole(query, key[:, memory:stop], value[:, memory:stop])
         if memory == 0:
-            if lse is not None:
-                lse.copy_(before[1])
             return before[0]
         stop = memory
     tile = tile or (tiles if selection is None else sparse_tiles)(query.dtype)
@@ -77,9 +73,9 @@ def attend(query: Tensor, key: Tensor, value: Tensor, count: Tensor, first: Tens
         query, key, value, count, first, order, counts, blocks, partial, partial_lse,
         queries, memory, stop, blocks.shape[-1], dim**-0.5, query.stride(0), query.stride(1), key.stride(0),
         count.stride(0), out.stride(0), out.stride(1),
-        out, first if lse is None else lse,
+        out,
         D=dim, BLOCK_M=tile.queries, BLOCK_N=columns, SPARSE=selection is not None, BEFORE=before is not None,
-        LSE=lse is not None, PRECISION=precision(query.dtype), num_warps=tile.warps, num_stages=tile.stages,
+        PRECISION=precision(query.dtype), num_warps=tile.warps, num_stages=tile.stages,
     )  # fmt: skip
     return out
 
@@ -96,22 +92,6 @@ def _whole(query: Tensor, key: Tensor, value: Tensor) -> tuple[Tensor, Tensor]:
         query.transpose(0, 1)[None], key[None], value[None], None, True
     )
     return result[0][0].transpose(0, 1).contiguous(), result[1].reshape(query.shape[1], query.shape[0]).contiguous()
-
-
-def mass(query: Tensor, key: Tensor, count: Tensor, lse: Tensor, stride: int, memory: int, stop: int) -> Tensor:
-    """Mean attention mass float32 [heads, stop] of each key over every stride-th query. Arguments as in `attend`."""
-    queries, heads, dim = query.shape
-    out = torch.empty(heads, stop, device=query.device, dtype=torch.float32)
-    wide = query.dtype.itemsize > 2
-    mass_kernel[(triton.cdiv(stop, 64), heads)](
-        query, key, count, lse,
-        queries, stride, memory, stop, dim**-0.5, query.stride(0), query.stride(1), key.stride(0), count.stride(0),
-        stop,
-        out,
-        D=dim, BLOCK_M=32 if wide else 64, BLOCK_N=64, PRECISION=precision(query.dtype), num_warps=4,
-        num_stages=1 if wide else 2,
-    )  # fmt: skip
-    return out
 
 
 def quantise(x: Tensor) -> Tensor:
@@ -188,37 +168,37 @@ def normalise_heads(source: Tensor, weight: Tensor, eps: float, turns: tuple[Ten
 @dataclasses.dataclass(frozen=True)
 class Groups:
     """Rows of a cache or of what goes into it. key, value (sums): [heads, rows, dim]; code: int8 [heads, slots, dim];
-    count, usage: float32 [heads, rows], in a cache with equal strides."""
+    count: float32 [heads, rows]; stay: float32 [heads, slots], and [rows], all heads', of what goes in."""
 
     key: Tensor
     value: Tensor
     code: Tensor
     count: Tensor
-    usage: Tensor
+    stay: Tensor
 
     @property
     def tensors(self) -> tuple[Tensor, ...]:
-        return self.key, self.value, self.code, self.count, self.usage
+        return self.key, self.value, self.code, self.count, self.stay
 
 
 def place(groups: Groups, slot: Tensor, newcomer: Tensor, replace: Tensor, new: Groups) -> None:
     """Row newcomer of `new` founds a group of one in `slot`, where `replace`; all [heads, pairs], replace bool."""
     heads, pairs = slot.shape
     place_kernel[(pairs, heads)](
-        slot, newcomer, replace.to(torch.int8), new.key, new.value, new.code, new.usage,
+        slot, newcomer, replace.to(torch.int8), new.key, new.value, new.code, new.stay,
         pairs, new.key.shape[1], groups.code.shape[1], new.value.stride(0), groups.key.stride(0),
-        groups.usage.stride(0),
+        groups.count.stride(0),
         *groups.tensors, D=new.key.shape[2], num_warps=1,
     )  # fmt: skip
 
 
 def merge(groups: Groups, target: Tensor, new: Groups, renew: bool) -> None:
-    """Adds row t of `new` to the group in slot target[head, t] (int32; as many as there are slots: nowhere): counts,
-    usage and values grow. renew: keys and codes become the last member's."""
+    """Adds row t of `new` to the group in slot target[head, t] (int32; as many as there are slots: nowhere): counts
+    and values grow. renew: key, code and `stay` become the last member's."""
     heads, tokens = target.shape
     ascending, order = target.sort(dim=-1, stable=True)
     merge_kernel[(tokens, heads)](
-        ascending, order.int(), new.count, new.usage, new.value, new.key, new.code,
-        tokens, groups.code.shape[1], new.value.stride(0), groups.key.stride(0), groups.usage.stride(0),
+        ascending, order.int(), new.count, new.stay, new.value, new.key, new.code,
+        tokens, groups.code.shape[1], new.value.stride(0), groups.key.stride(0), groups.count.stride(0),
         *groups.tensors, D=new.value.shape[2], RENEW=renew, num_warps=1,
     )  # fmt: skip

@@ -18,14 +18,17 @@ STEPS = (0.0, 0.5)  # progress of the denoising passes; the clean pass follows
 
 
 def shape_of(heads: int = 3, head_dim: int = 10, frame_tokens: int = 7, chunk_frames: int = 2, reach: int = 3,
-             dtype: torch.dtype = torch.float32) -> CacheShape:  # fmt: skip
+             dtype: torch.dtype = torch.float32, columns: int = 0) -> CacheShape:  # fmt: skip
     spatial = 2 * (head_dim // 6)
     split = (head_dim - 2 * spatial, spatial, spatial)
-    return CacheShape(heads, head_dim, frame_tokens, chunk_frames, reach, split, THETA, torch.device("cpu"), dtype)
+    device = torch.device("cpu")
+    return CacheShape(heads, head_dim, frame_tokens, chunk_frames, reach, split, THETA, device, dtype, columns)
 
 
 def layout_of(shape: CacheShape) -> Layout:
-    return Layout(shape.frame_tokens, shape.chunk_frames, shape.reach, shape.rope_split[0], shape.rope_theta)
+    return Layout(
+        shape.frame_tokens, shape.chunk_frames, shape.reach, shape.rope_split[0], shape.rope_theta, shape.columns
+    )
 
 
 def tokens(shape: CacheShape, frames: int, seed: int, change: float = 1.0) -> list[Tensor]:

@@ -7,7 +7,7 @@ import copy
 import pytest
 import torch
 
-from fastar_backend.attention import TextCache, temp_cache
+from fastar_backend.attention import TextCache
 from fastar_backend.attention.cache import CacheShape, FrameCache
 from fastar_backend.attention.flat_cache import FlatCaches, supports
 from fastar_backend.attention.layers import PortableCaches
@@ -90,10 +90,9 @@ def both(config: AttentionConfig, places: int, chunks: int):
 
 
 @pytest.mark.parametrize("name", CONFIGS)
-def test_flat_caches_are_the_portable_ones(name, monkeypatch):
+def test_flat_caches_are_the_portable_ones(name):
     """Places that recur, each of which has its groups: whichever of equal ones a token joins, the softmax is the
     same."""
-    monkeypatch.setattr(temp_cache, "USAGE_STRIDE", 1)
     for last in (
         False,
         False,
@@ -124,9 +123,8 @@ def same_caches(config: AttentionConfig, flat, plain, mine, theirs, seed: int) -
 
 @pytest.mark.parametrize("places", [20, 400])  # much recurs; hardly anything does
 @pytest.mark.parametrize("name", ["fastar", "folding all", "dropping"])
-def test_flat_caches_are_as_near_to_dense_as_the_portable_ones(name, places, monkeypatch):
+def test_flat_caches_are_as_near_to_dense_as_the_portable_ones(name, places):
     """Where the memory overflows, near ties are decided by rounding: the two part, but neither is the worse."""
-    monkeypatch.setattr(temp_cache, "USAGE_STRIDE", 1)
     flat, plain, mine, theirs, seed = both(CONFIGS[name], places, chunks=7)
     dense = run(PortableCaches(shape_of(), AttentionConfig(kind="dense"), LAYERS), Scene(shape_of(), places, seed), 7)
     late = slice(4 * 2 * LAYERS, None)

@@ -107,7 +107,6 @@ def test_unused_room_never_leaks(policy):
             buffer[:, : cache.first] = torch.nan
             buffer[:, cache.end :] = torch.nan
         if isinstance(cache, TempCache):
-            cache.usage[:, cache.end :] = torch.nan
             for head in range(shape.heads):  # slots that another head uses: finite, but never attended to
                 free = (cache.count[head] == 0).nonzero()[:, 0]
                 free = free[free >= cache.first]
@@ -217,20 +216,31 @@ def test_hard_budget_and_guarded_frames_on_any_stream(data):
     assert cache.values[:, cache.prefix : cache.end].equal(qkv[2][:, rows])
 
 
-def test_full_memory_keeps_what_is_attended_to():
-    """A group that gets attention outlives thousands of newcomers that get none."""
-    shape = shape_of(heads=1, head_dim=6, frame_tokens=4, chunk_frames=1, reach=1)
-    frames = 40
+@pytest.mark.parametrize(("rows", "columns"), [(8, 8), (5, 9)])
+@pytest.mark.parametrize("start", [0, 7])
+def test_a_full_memory_is_spread_over_the_past_and_the_picture(rows, columns, start):
+    """Content that never recurs: what is kept thins out with age, evenly in the picture; a plain queue would hold the
+    last three frames that left."""
+    shape = shape_of(heads=2, head_dim=16, frame_tokens=rows * columns, chunk_frames=1, reach=2, columns=columns)
+    config = AttentionConfig(budget_frames=4, recent_frames=1, index="exact", fold_threshold=1.0)
+    frames = 61
     qkv = tokens(shape, frames, seed=10)
-    landmark = torch.tensor([0.0, 0, 0, 0, 8, 8])
-    qkv[0][..., :] = landmark
-    qkv[1][..., 4:] = -1
-    qkv[1][:, 2] = landmark
-    config = AttentionConfig(budget_frames=2, recent_frames=1, merge_threshold=0.999, index="exact")
-    cache = drive(shape, config, qkv).cache
+    qkv[2][..., 0] = torch.arange(rows * columns).repeat(frames)  # values say where in the frame they were
+    cache = drive(shape, config, qkv, start=start).cache
     assert isinstance(cache, TempCache)
-    held = cache.shape.turn(cache.keys[:, : cache.slots], cache.shape.reach * torch.ones(cache.slots, dtype=torch.long))
-    assert torch.isclose(held[0], landmark, atol=1e-4).all(-1).any()
+    assert (cache.count == 1).all(), "full, and nothing recurs"
+    for head in range(shape.heads):
+        held = {}
+        places = cache.values[head, : cache.slots, 0].int().tolist()
+        for time, place in zip(cache.time[head].tolist(), places, strict=True):
+            held.setdefault(start + frames - 2 - time, []).append(divmod(place, columns))  # by age
+        assert max(held) > 20
+        share = [sum(len(held.get(age, [])) for age in ages) / len(ages) / rows / columns
+                 for ages in (range(4), range(4, 12), range(12, 28))]  # fmt: skip
+        assert share[0] > 1.3 * share[1] > 1.3**2 * share[2] > 0.05, share
+        for age, places in held.items():
+            if 12 <= age < 28:  # one in 8 at most: never two beside each other
+                assert all(abs(a[0] - b[0]) + abs(a[1] - b[1]) > 1 for a in places for b in places if a != b), age
 
 
 @pytest.mark.parametrize(("frames", "sinks"), [(1, 0), (3, 0), (4, 1), (5, 2)])

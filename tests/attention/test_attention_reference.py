@@ -6,14 +6,14 @@ import pytest
 import torch
 from random_streams import THETA, distance, drive, layout_of, shape_of, tokens
 
-from fastar_backend.attention import TempCache, TextCache, ann, ann_sa, reference
+from fastar_backend.attention import TempCache, TextCache, ann, ann_sa, reference, temp_cache
 from fastar_backend.attention.cache import attention
 from fastar_backend.config import AttentionConfig
 
 FLOAT32 = 3e-6  # relative error in norm that float32 is allowed against float64
 SHAPES = [
     pytest.param({"heads": 3, "head_dim": 10, "frame_tokens": 7, "chunk_frames": 2}, id="7x10"),
-    pytest.param({"heads": 1, "head_dim": 22, "frame_tokens": 15, "chunk_frames": 1}, id="15x22"),
+    pytest.param({"heads": 1, "head_dim": 22, "frame_tokens": 15, "chunk_frames": 1, "columns": 5}, id="15x22"),
     pytest.param({"heads": 2, "head_dim": 6, "frame_tokens": 5, "chunk_frames": 3}, id="5x6"),
 ]
 
@@ -120,6 +120,15 @@ def test_temp_cache(sizes, dtype, settings):
     if config.merge_threshold < 0.95 and config.budget_frames > config.recent_frames + config.sink_frames:
         assert joined, "this stream must have recurring keys, or the test shows nothing"
         assert run.cache.merged >= joined / shape.heads - 0.01  # members of groups that were dropped count too
+
+
+@pytest.mark.parametrize(("size", "columns"), [(15, 5), (42, 6), (7, 0), (64, 8), (35, 35)])
+@pytest.mark.parametrize("time", [0, 3, 16, 10_000_019])
+def test_how_long_tokens_stay(size, columns, time):
+    shape = shape_of(frame_tokens=size, columns=columns)
+    want = [reference.due(time, token, columns) - time for token in range(size)]
+    assert temp_cache.stay(time, shape).tolist() == pytest.approx(want, rel=1e-6)
+    assert len(set(want)) == size, "no two alike"
 
 
 def test_signatures():

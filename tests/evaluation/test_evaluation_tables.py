@@ -54,13 +54,18 @@ def test_horizon_is_one_chunk():
 def test_drift_is_over_the_games_mean():
     looks = {name: [2.0] * 5 + [1.0] * 5 for name in ("sharpness", "brightness", "contrast")}
     true = {name: [4.0] * 5 + [2.0] * 5 for name in looks}
+    near = {"squared_error": [100.0, 300.0], "ssim": [0.5], "flip": [0.25]}
     with_truth, alone = (
-        unit("drift", "a", frames=40, looks=looks, truth_looks=true),
+        unit("drift", "a", frames=40, looks=looks, truth_looks=true, truth=near),
         unit("drift", "b", frames=40, looks=looks),
     )
     results = Results([with_truth, alone], ["a", "b"])
     assert tables.drift(results, "a")["sharpness"] == pytest.approx([2 / 3] * 5 + [1 / 3] * 5, abs=1e-4)
+    assert tables.drift(results, "a")["truth"] == {
+        "frames": 2, "psnr": pytest.approx(10 * np.log10(255**2 / 200)), "ssim": 0.5, "flip": 0.25,
+    }  # fmt: skip
     assert tables.drift(results, "b")["contrast"] == [1.0] * 5 + [0.5] * 5
+    assert tables.drift(results, "b")["truth"] is None
 
 
 def test_following_is_pooled():

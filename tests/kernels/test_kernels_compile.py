@@ -29,16 +29,14 @@ print(json.dumps({"cubin": len(built.asm["cubin"]), "shared": built.metadata.sha
 """
 B, F, INT, I8 = "*bf16", "*fp32", "*i32", "*i8"
 ATTEND = {"query": B, "key": B, "value": B, "count": F, "first": INT, "order": "*i64", "counts": INT,
-          "blocks": INT, "before": B, "before_lse": F, "scale": "fp32", "out": B, "lse": F}  # fmt: skip
+          "blocks": INT, "before": B, "before_lse": F, "scale": "fp32", "out": B}  # fmt: skip
 TILES = {"BLOCK_M": 128, "BLOCK_N": 128, "PRECISION": "tf32"}
-ROWS = {"new_key": B, "new_value": B, "new_code": I8, "new_count": F, "new_usage": F, "key": B, "value": B,
-        "code": I8, "count": F, "usage": F}  # fmt: skip
+ROWS = {"new_key": B, "new_value": B, "new_code": I8, "new_count": F, "new_stay": F, "key": B, "value": B,
+        "code": I8, "count": F, "stay": F}  # fmt: skip
 KERNELS = {
-    "dense": ("attend", "attend_kernel", ATTEND, {"D": 128, "SPARSE": False, "BEFORE": True, "LSE": True} | TILES, 8),
-    "sparse": ("attend", "attend_kernel", ATTEND, {"D": 128, "SPARSE": True, "BEFORE": False, "LSE": False} | TILES, 8),
-    "small": ("attend", "attend_kernel", ATTEND, {"D": 64, "SPARSE": False, "BEFORE": False, "LSE": False} | TILES, 8),
-    "mass": ("mass", "mass_kernel", {"query": B, "key": B, "count": F, "lse": F, "scale": "fp32", "mass": F},
-             {"D": 128, "BLOCK_M": 64, "BLOCK_N": 64, "PRECISION": "tf32"}, 4),
+    "dense": ("attend", "attend_kernel", ATTEND, {"D": 128, "SPARSE": False, "BEFORE": True} | TILES, 8),
+    "sparse": ("attend", "attend_kernel", ATTEND, {"D": 128, "SPARSE": True, "BEFORE": False} | TILES, 8),
+    "small": ("attend", "attend_kernel", ATTEND, {"D": 64, "SPARSE": False, "BEFORE": False} | TILES, 8),
     "nearest": ("nearest", "nearest_kernel", {"probe": I8, "code": I8, "first": INT, "similarity": F, "match": INT},
                 {"D": 128, "BLOCK_M": 128, "BLOCK_N": 64}, 8),
     "turn": ("turn", "turn_kernel", {"source": B, "turns": INT, "cos": F, "sin": F, "out": B},
@@ -51,7 +49,7 @@ KERNELS = {
     "heads": ("norm", "heads_kernel", {"source": B, "weight": B, "cos": F, "sin": F, "eps": "fp32", "out": B},
               {"D": 128, "HEADS": 16, "ROTATE": True}, 4),
 }  # fmt: skip
-TENSOR_CORES = {"dense", "sparse", "small", "mass", "nearest"}
+TENSOR_CORES = {"dense", "sparse", "small", "nearest"}
 
 
 @pytest.mark.parametrize("name", KERNELS)

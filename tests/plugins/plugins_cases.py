@@ -79,15 +79,6 @@ def turn_into(n: int = 35, groups: int = 3, rows: int = 50, dim: int = 16, frame
     return inputs, {"row": int(whole(0, rows - n + 1, 1))}
 
 
-def measure(n: int = 37, groups: int = 4, rows: int = 70, dim: int = 16, streams: int = 2, stride: int = 3) -> Case:
-    held, query = cache(groups, rows, dim), normal(n, groups, dim)
-    logits = query.transpose(0, 1) @ held["key"].transpose(1, 2) * dim**-0.5 + held["count"][:, None].log()
-    inputs = {"query": query, "key": held["key"], "count": held["count"], "lse": logits.logsumexp(-1)}
-    own = 11
-    inputs |= {"usage": torch.rand(groups, rows).double(), "row": whole(0, rows - own + 1, streams)}
-    return inputs, {"stride": stride, "own": own, "decay": 0.8}
-
-
 def quantise(n: int = 33, groups: int = 2, dim: int = 32) -> Case:
     x = normal(groups, n, dim)
     x[0, 0] = 0
@@ -103,22 +94,22 @@ def nearest(n: int = 130, groups: int = 3, slots: int = 129, dim: int = 32) -> C
 def new_and_held(groups: int, n: int, slots: int, rows: int, dim: int) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
     new = {"new_value": normal(groups, n, dim), "new_key": normal(groups, n, dim), "new_code": codes(groups, n, dim)}
     held = cache(groups, rows, dim)
-    held |= {"code": codes(groups, slots, dim), "usage": torch.rand(groups, rows).double()}
-    return new, {name: held[name] for name in ("key", "value", "code", "count", "usage")}
+    held |= {"code": codes(groups, slots, dim), "stay": normal(groups, slots)}
+    return new, {name: held[name] for name in ("key", "value", "code", "count", "stay")}
 
 
 def place(pairs: int = 7, groups: int = 2, n: int = 9, slots: int = 11, rows: int = 16, dim: int = 32) -> Case:
     new, held = new_and_held(groups, n, slots, rows, dim)
     slot, newcomer = permutations(groups, slots, pairs), permutations(groups, n, pairs)
     inputs = {"slot": slot, "newcomer": newcomer, "replace": whole(0, 2, groups, pairs), **new}
-    return inputs | {"new_usage": torch.rand(groups, n).double(), **held}, {}
+    return inputs | {"new_stay": normal(n), **held}, {}
 
 
 def merge(n: int = 19, groups: int = 2, slots: int = 6, rows: int = 10, dim: int = 32, renew: bool = True) -> Case:
     new, held = new_and_held(groups, n, slots, rows, dim)
     target, order = whole(0, slots + 1, groups, n).sort(dim=-1, stable=True)
     inputs = {"target": target, "order": order.int(), **new, "new_count": whole(1, 5, groups, n).double()}
-    return inputs | {"new_usage": torch.rand(groups, n).double(), **held}, {"renew": renew}
+    return inputs | {"new_stay": normal(n), **held}, {"renew": renew}
 
 
 def arrange(n: int = 70, groups: int = 2) -> Case:
@@ -172,7 +163,7 @@ def condense_text(groups: int = 2, tokens: int = 67, dim: int = 16, share: float
     return {"mass": mass, **held}, {"share": share}
 
 
-CASES: dict[str, Callable[..., Case]] = {name: globals()[name.removesuffix("_lse")] for name in OPERATORS}
+CASES: dict[str, Callable[..., Case]] = {name: globals()[name] for name in OPERATORS}
 
 
 def cast(operator: Operator, inputs: dict[str, Tensor], half: torch.dtype) -> dict[str, Tensor]:

@@ -23,7 +23,7 @@ from plugins import step
 ATTENTION = AttentionConfig(budget_frames=6, recent_frames=4, merge_threshold=0.5, fold_threshold=0.2)
 # Five key blocks, of which a stream that has begun to merge holds three: the chunk's own, and one of the other two.
 SPARSE = ATTENTION.model_copy(update={"budget_frames": 24, "sparse_density": 0.3, "dense_steps": 0.4})
-LAYER = ("keys", "values", "count", "first", "origin", "usage")
+LAYER = ("keys", "values", "count", "first", "origin")
 
 
 def make_world(folder: Path, layers: int = 2) -> World:
@@ -82,17 +82,18 @@ def begin(executors: Mapping[str, Any], caches: FlatCaches, start: int) -> None:
 
 def merge(executors: Mapping[str, Any], caches: FlatCaches) -> None:
     """`FlatCaches.merge`, all heads together."""
-    if max(len(caches.times), caches.own + caches.shape.chunk_frames) < caches.places:
+    if not caches.drives_out:
         return
     size = caches.shape.frame_tokens
-    for place in range(caches.following, caches.following + caches.shape.chunk_frames):
+    for due, place in zip(caches.leaving, caches.next_places, strict=True):
         there = slice(place * size, (place + 1) * size)
         rows = slice(caches.slots + there.start, caches.slots + there.stop)
-        bound = {name: getattr(caches, name) for name in ("keys", "values", "count", "usage", "first")}
+        bound = {name: getattr(caches, name) for name in ("keys", "values", "count", "stay", "first")}
         bound |= {"code": caches.code.view(torch.int32), "far": caches.far[place : place + 1], "gone": torch.zeros(1)}
         bound |= {"source": caches.origin[:, there].contiguous(), "new_value": caches.values[:, rows].contiguous()}
-        executors["update"].run(bound | {"new_usage": caches.usage[:, rows].contiguous()})
+        executors["update"].run(bound | {"new_stay": due})
         caches.merged += bound["gone"][0] / len(caches.keys)
+    caches.stay -= caches.shape.chunk_frames
 
 
 @torch.inference_mode()

@@ -17,7 +17,7 @@ from fastar_backend.errors import InvalidInput
 from plugins import aot
 from plugins.table import OPERATORS
 
-TENSOR_CORES = {"attend", "attend_lse", "attend_sparse", "measure", "near_blocks", "nearest"}
+TENSOR_CORES = {"attend", "attend_sparse", "near_blocks", "nearest"}
 HIDDEN = (".param .u64 .ptr .global .align 1 k_param_9", ".param .u64 .ptr .global .align 1 k_param_10")
 
 
@@ -209,7 +209,7 @@ def test_what_cannot_be_compiled_is_said(tmp_path):
         aot.own_type(operator, "int8")
     with pytest.raises(InvalidInput, match="operators: 'none'; allowed: attend, "):
         aot.compile_all(tmp_path, [90], ["fp16"], [64], operators=["none"])
-    with pytest.raises(InvalidInput, match="values: 'densty'; allowed: C, decay, density, "):
+    with pytest.raises(InvalidInput, match="values: 'densty'; allowed: C, density, "):
         aot.compile_all(tmp_path, [90], ["fp16"], [64], values={"densty": [0.5]})
     with pytest.raises(InvalidInput, match="list: '90;80'"):
         aot.numbers("90;80")

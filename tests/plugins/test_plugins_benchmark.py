@@ -18,7 +18,7 @@ from plugins import ops  # noqa: F401  registers the operators
 from plugins.host import Host
 from plugins.table import OPERATORS
 
-COMPILED = [name for name in OPERATORS if name not in ("measure", "choose_blocks", "text_mass", "condense_text")]
+COMPILED = [name for name in OPERATORS if name not in ("choose_blocks", "text_mass", "condense_text")]
 
 
 @pytest.fixture

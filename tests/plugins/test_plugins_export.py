@@ -19,7 +19,6 @@ from onnx import TensorProto, helper
 from plugins_eager import EagerExecutor
 from plugins_streams import SPARSE, make_world
 
-from fastar_backend.attention.temp_cache import USAGE_DECAY
 from fastar_backend.config import AttentionConfig
 from fastar_backend.engine.engine import StreamEngine, cache_shape
 from fastar_backend.engine.snapshot import fingerprint
@@ -164,9 +163,8 @@ def test_nodes_are_the_tables(files):
             seen.setdefault(node.op_type, []).append(given)
     assert set(seen) == set(OPERATORS) - UNUSED
     assert seen["turn_into"] == [{"row": 200}]
-    assert {entry["own"] for entry in seen["measure"] + seen["choose_blocks"]} == {40}
+    assert {entry["own"] for entry in seen["choose_blocks"]} == {40}
     assert {round(entry["density"], 6) for entry in seen["choose_blocks"]} == {0.3}
-    assert {round(entry["decay"], 6) for entry in seen["measure"]} == {USAGE_DECAY}
     assert [entry["renew"] for entry in seen["merge"]] == [1, 0]
 
 

@@ -7,7 +7,6 @@ import torch
 from plugins_eager import EagerExecutor
 from plugins_streams import ATTENTION, SPARSE, begin, by_kernels, make_world, merge, run_pass, text_of
 
-from fastar_backend.attention import flat_cache
 from fastar_backend.attention.cache import by_place
 from fastar_backend.attention.flat_cache import FlatCaches
 from fastar_backend.attention.flat_select import select
@@ -33,13 +32,6 @@ def world(tmp_path_factory):
 
 
 @pytest.fixture(autouse=True)
-def _sampled(monkeypatch):
-    """Every second query measures what is used."""
-    for module in (step, flat_cache):
-        monkeypatch.setattr(module, "SAMPLED_QUERIES", 20)
-
-
-@pytest.fixture(autouse=True)
 def _ties(monkeypatch):
     """Of equally near slots, and codes make them equal, the kernel takes any: here both paths take the first."""
 
@@ -56,7 +48,7 @@ def close(mine: FlatCaches, theirs: FlatCaches, what: str) -> None:
 
 
 def copy_state(to: FlatCaches, source: FlatCaches) -> None:
-    for name in (*FlatCaches.TENSORS, "lines"):
+    for name in (*FlatCaches.TENSORS, "lines", "leaving"):
         getattr(to, name).copy_(getattr(source, name))
 
 

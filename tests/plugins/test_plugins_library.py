@@ -200,8 +200,8 @@ def test_wrong_fields_are_named(host):
         host.create("turn_into", {"row": 1.5})
     with pytest.raises(PluginError, match="^merge: renew: 2.*; allowed: 0 or 1"):
         host.create("merge", {"renew": 2})
-    with pytest.raises(PluginError, match="^measure: decay: .*; allowed: finite numbers"):
-        host.create("measure", {"decay": float("nan")})
+    with pytest.raises(PluginError, match="^condense_text: share: .*; allowed: finite numbers"):
+        host.create("condense_text", {"share": float("nan")})
     with pytest.raises(InvalidInput, match="attend"):
         host.create("nothing")
 

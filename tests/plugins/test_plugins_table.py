@@ -9,7 +9,6 @@ import pytest
 import torch
 
 from fastar_backend.attention.ann_ca import SAMPLES
-from fastar_backend.attention.temp_cache import USAGE_DECAY
 from fastar_backend.kernels import ops as kernel_ops
 from plugins.table import LAUNCH, OPERATORS, evaluate
 
@@ -77,7 +76,6 @@ def test_numbers_are_those_of_the_pytorch_path():
         assert blocks[0] == blocks[1], "means are of the blocks that are attended from"
     assert OPERATORS["near_blocks"].constants["BLOCK_N"] == kernel_ops.KEY_BLOCK
     assert OPERATORS["choose_blocks"].constants["KEYS"] == kernel_ops.KEY_BLOCK
-    assert OPERATORS["measure"].attributes["decay"] == USAGE_DECAY
     assert {OPERATORS["text_mass"].tiles(wide)["BLOCK_M"] for wide in (False, True)} == {SAMPLES}
 
 

@@ -40,7 +40,7 @@ def test_right_graphs_pass(world, attention):
     [
         ("begin", "keys", "begin: turned keys"),
         ("denoise", "output", "denoising pass"),
-        ("write", "usage.1", "writing pass: usage"),
+        ("write", "origin.1", "writing pass: origin"),
         ("update", "count", "update: share of groups"),
     ],
 )

@@ -46,16 +46,16 @@ def attend_kernel(
     query, key, value, count, first, order, counts, blocks, before, before_lse,
     queries, memory, stop, most, scale, query_row, query_head, key_head, count_head, out_row,
     out_head,
-    out, lse,
+    out,
     D: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, SPARSE: tl.constexpr, BEFORE: tl.constexpr,
-    LSE: tl.constexpr,
     PRECISION: tl.constexpr,
 ):  # fmt: skip
     """query: rows of D at [row * query_row + head * query_head], out likewise; key, value: [head, rows, D] with rows
     adjacent and heads `key_head` apart; count: float32 [head, rows]; first: [heads]; order: [heads, queries]; counts:
-    [heads, query blocks]; blocks: [heads, query blocks, most]; lse: [heads, queries]. A head's rows * D fit 32 bits.
-    BEFORE: what other keys gave is taken in, an output laid out like `out` and its log-sum-exp. SPARSE: rows and counts
-    exist up to the end of the last block, and are zeros from `stop` on; below it every key counts."""
+    [heads, query blocks]; blocks: [heads, query blocks, most]. A head's rows * D fit 32 bits.
+    BEFORE: what other keys gave is taken in, an output laid out like `out` and its log-sum-exp [heads, queries].
+    SPARSE: rows and counts exist up to the end of the last block, and are zeros from `stop` on; below it every key
+    counts."""
     block, head = tl.program_id(0), tl.program_id(1)
     lines = block * BLOCK_M + tl.arange(0, BLOCK_M)
     valid = lines < queries
@@ -102,6 +102,3 @@ def attend_kernel(
             acc, total, peak = _visit(acc, total, peak, q, key, value, count, whole + step, stop, scale,
                                       D, False, True, PRECISION)  # fmt: skip
     tl.store(out + to, (acc / total[:, None]).to(out.dtype.element_ty), mask=valid[:, None])
-    if LSE:
-        result = (peak + tl.log2(total)) * 0.6931471805599453
-        tl.store(lse + head.to(tl.int64) * queries + lines, result, mask=valid)

@@ -9,14 +9,14 @@ import triton.language as tl
 
 @triton.jit
 def place_kernel(
-    slot, newcomer, replace, new_key, new_value, new_code, new_usage,
+    slot, newcomer, replace, new_key, new_value, new_code, new_stay,
     pairs, tokens, slots, new_value_head, key_head, count_head,
-    key, value, code, count, usage,
+    key, value, code, count, stay,
     D: tl.constexpr,
 ):  # fmt: skip
     """Where replace [heads, pairs], token newcomer [heads, pairs] founds a group of one in slot [heads, pairs]. new_*:
-    [heads, tokens(, D)], values with heads `new_value_head` apart; key, value: [heads, rows, D], heads `key_head`
-    apart; code: [heads, slots, D]; count, usage: heads `count_head` apart."""
+    [heads, tokens, D], values with heads `new_value_head` apart; new_stay: [tokens], all heads'; key, value: [heads,
+    rows, D], heads `key_head` apart; count: heads `count_head` apart; code: [heads, slots, D]; stay: [heads, slots]."""
     pair, head = tl.program_id(0), tl.program_id(1).to(tl.int64)
     at = head * pairs + pair
     if tl.load(replace + at) != 0:
@@ -28,20 +28,20 @@ def place_kernel(
             value + head * key_head + to * D + dims, tl.load(new_value + head * new_value_head + source * D + dims)
         )
         tl.store(code + (head * slots + to) * D + dims, tl.load(new_code + row * D + dims))
-        tl.store(usage + head * count_head + to, tl.load(new_usage + row))
+        tl.store(stay + head * slots + to, tl.load(new_stay + source))
         tl.store(count + head * count_head + to, 1.0)
 
 
 @triton.jit
 def merge_kernel(
-    target, order, new_count, new_usage, new_value, new_key, new_code,
+    target, order, new_count, new_stay, new_value, new_key, new_code,
     tokens, slots, new_value_head, key_head, count_head,
-    key, value, code, count, usage,
+    key, value, code, count, stay,
     D: tl.constexpr, RENEW: tl.constexpr,
 ):  # fmt: skip
     """target: int32 [heads, tokens], ascending; entry p is token order[p], which goes into slot target[p] (`slots`:
-    nowhere). count grows by new_count, usage by new_usage, value (a sum) by new_value. RENEW: the group's key and code
-    become those of its last member (the paper's representative). Layouts as in `place_kernel`."""
+    nowhere). count grows by new_count, value (a sum) by new_value. RENEW: the group's key, code and `stay` become
+    those of its last member (the paper's representative). Layouts as in `place_kernel`; new_count: [heads, tokens]."""
     entry, head = tl.program_id(0), tl.program_id(1).to(tl.int64)
     base = head * tokens
     to = tl.load(target + base + entry)
@@ -51,22 +51,20 @@ def merge_kernel(
         place = to.to(tl.int64)
         own = head * slots + place
         total = tl.load(count + head * count_head + place)
-        use = tl.load(usage + head * count_head + place)
         sums = tl.load(value + head * key_head + place * D + dims).to(tl.float32)
         member = entry
-        last = base
+        last = entry.to(tl.int64)
         same = to
         while same == to:
             token = tl.load(order + base + member).to(tl.int64)
-            last = base + token
-            total += tl.load(new_count + last)
-            use += tl.load(new_usage + last)
+            last = token
+            total += tl.load(new_count + base + last)
             sums += tl.load(new_value + head * new_value_head + token * D + dims).to(tl.float32)
             member += 1
             same = tl.load(target + base + member, mask=member < tokens, other=-1)
         tl.store(count + head * count_head + place, total)
-        tl.store(usage + head * count_head + place, use)
         tl.store(value + head * key_head + place * D + dims, sums.to(value.dtype.element_ty))
         if RENEW:
-            tl.store(key + head * key_head + place * D + dims, tl.load(new_key + last * D + dims))
-            tl.store(code + own * D + dims, tl.load(new_code + last * D + dims))
+            tl.store(key + head * key_head + place * D + dims, tl.load(new_key + (base + last) * D + dims))
+            tl.store(code + own * D + dims, tl.load(new_code + (base + last) * D + dims))
+            tl.store(stay + own, tl.load(new_stay + last))

@@ -1,5 +1,6 @@
 """What `place_kernel` and `merge_kernel` compute, in plain loops and float64. State and entries are dicts of tensors:
-key, value [heads, rows, dim], code [heads, slots, dim], count, usage [heads, rows]."""
+key, value [heads, rows, dim], code [heads, slots, dim], count [heads, rows], stay [heads, slots]; of entries, stay
+is [tokens], all heads'."""
 
 from __future__ import annotations
 
@@ -14,9 +15,9 @@ def place(state: State, slot: Tensor, newcomer: Tensor, replace: Tensor, new: St
         for pair in range(slot.shape[1]):
             if replace[head, pair]:
                 to, source = int(slot[head, pair]), int(newcomer[head, pair])
-                for name in ("key", "value", "code", "usage"):
+                for name in ("key", "value", "code"):
                     result[name][head, to] = new[name][head, source]
-                result["count"][head, to] = 1
+                result["count"][head, to], result["stay"][head, to] = 1, new["stay"][source]
     return result
 
 
@@ -29,9 +30,10 @@ def merge(state: State, target: Tensor, new: State, renew: bool) -> State:
             to = int(target[head, token])
             if to >= slots:
                 continue
-            for name in ("value", "count", "usage"):
+            for name in ("value", "count"):
                 result[name][head, to] += new[name][head, token]
             if renew:
                 for name in ("key", "code"):
                     result[name][head, to] = new[name][head, token]
+                result["stay"][head, to] = new["stay"][token]
     return result
