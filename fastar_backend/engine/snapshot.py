@@ -22,7 +22,7 @@ from fastar_backend.engine.stream import Stream
 from fastar_backend.errors import SnapshotError
 from fastar_backend.model.world import World
 
-VERSION = 1
+VERSION = 2
 HEADER_BYTES = 4 << 20
 
 

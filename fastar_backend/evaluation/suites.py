@@ -37,7 +37,7 @@ class Suite(Config):
 SUITES = {
     "quick": Suite(
         frames=64, scenarios=3, forced_latents=72, forced_every=14, forced_scenarios=2, revisit_scenarios=2,
-        revisit_kinds=("away",), revisit_every=2, drift_frames=480, marks=(24, 240, 960),
+        revisit_kinds=("away",), revisit_every=2, drift_frames=240, marks=(24, 240, 960),
     ),
     "full": Suite(
         frames=720, scenarios=6, seeds=3, forced_latents=160, forced_every=8, forced_scenarios=6, revisit_scenarios=4,

@@ -12,7 +12,7 @@ import torch
 
 from fastar_backend.config import AttentionConfig
 from fastar_backend.engine.engine import StreamEngine
-from fastar_backend.engine.snapshot import Snapshot
+from fastar_backend.engine.snapshot import VERSION, Snapshot
 from fastar_backend.engine.stream import ChunkRequest, StreamOptions
 from fastar_backend.errors import InvalidInput, SnapshotError, UnknownStream
 
@@ -65,7 +65,7 @@ import sys, numpy as np, torch
 torch.set_num_threads(1)
 from fastar_backend.config import AttentionConfig
 from fastar_backend.engine.engine import StreamEngine
-from fastar_backend.engine.snapshot import Snapshot
+from fastar_backend.engine.snapshot import VERSION, Snapshot
 from fastar_backend.engine.stream import ChunkRequest
 engine = StreamEngine.load({str(tiny_world)!r}, deterministic=True)
 engine.restore(7, Snapshot.from_bytes(open({str(tmp_path / "snapshot")!r}, "rb").read()))
@@ -129,9 +129,9 @@ def test_foreign_snapshots_are_refused(engine, doom_world):
     snapshot = engine.snapshot(1)
     with pytest.raises(SnapshotError, match="of another world .'random'.; allowed: those of 'doom'"):
         StreamEngine(doom_world, SMALL).restore(1, snapshot)
-    newer = Snapshot(snapshot.header | {"version": 2}, snapshot.tensors).to_bytes()
-    with pytest.raises(SnapshotError, match="has version 2; allowed: version 1"):
-        Snapshot.from_bytes(newer)
+    other = Snapshot(snapshot.header | {"version": VERSION + 1}, snapshot.tensors).to_bytes()
+    with pytest.raises(SnapshotError, match=f"has version {VERSION + 1}; allowed: version {VERSION}, of this release"):
+        Snapshot.from_bytes(other)
     bent = json.loads(json.dumps(snapshot.header))
     bent["stream"]["caches"][0]["times"] = list(range(999))
     with pytest.raises(SnapshotError, match="does not fit"):
