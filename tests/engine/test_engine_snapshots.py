@@ -65,7 +65,7 @@ import sys, numpy as np, torch
 torch.set_num_threads(1)
 from fastar_backend.config import AttentionConfig
 from fastar_backend.engine.engine import StreamEngine
-from fastar_backend.engine.snapshot import VERSION, Snapshot
+from fastar_backend.engine.snapshot import Snapshot
 from fastar_backend.engine.stream import ChunkRequest
 engine = StreamEngine.load({str(tiny_world)!r}, deterministic=True)
 engine.restore(7, Snapshot.from_bytes(open({str(tmp_path / "snapshot")!r}, "rb").read()))
