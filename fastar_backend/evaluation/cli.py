@@ -25,7 +25,7 @@ def evaluate(
         str, typer.Option(help="all, or names separated by commas; dense attention always runs beside them.")
     ] = "all",
     suite: Annotated[
-        str, typer.Option(help="quick (about 20 minutes on two cores), full (hours, or a GPU) or ablations.")
+        str, typer.Option(help="quick (15 minutes on two cores), full (hours, or a GPU) or ablations.")
     ] = "quick",
     frames: Annotated[int | None, typer.Option(help="Of a free rollout.", show_default="the suite's")] = None,
     seeds: Annotated[int | None, typer.Option(help="Of each scenario.", show_default="the suite's")] = None,
