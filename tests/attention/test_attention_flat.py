@@ -190,6 +190,40 @@ def test_forks_and_restored_caches_go_on_to_the_bit(name):
     assert all(torch.equal(kept[key], tensors[key]) for key in kept), "a snapshot is not touched by what follows"
 
 
+def test_groups_stay_as_long_as_the_portable_ones():
+    """Content that never recurs: who is held, and for how long, is decided by time and place alone."""
+    config, chunks = AttentionConfig(budget_frames=6, recent_frames=4), 9
+    flat, plain, *_ = both(config, places=5000, chunks=chunks)
+    plain.begin(chunks * shape_of().chunk_frames)  # the flat ones count from the next chunk on as soon as they merged
+    theirs = torch.cat([cache.stay for cache in plain])
+    assert flat.stay.unique().numel() > 9, "of several frames"
+    assert torch.allclose(flat.stay.sort(-1).values, theirs.sort(-1).values, atol=1e-5)
+
+
+def test_a_fork_that_runs_ahead_changes_nothing():
+    shape, config, scene = shape_of(), CONFIGS["fastar"], Scene(shape_of(), 5000, 7)
+    caches = FlatCaches(shape, config, LAYERS)
+    run(caches, scene, 5)
+    twin, alone = caches.fork(), FlatCaches(shape, config, LAYERS)
+    alone.load(*caches.state())
+    data = scene.chunk()
+
+    def attend(caches: FlatCaches) -> None:
+        caches.begin(5 * shape.chunk_frames)
+        for layer, own in enumerate(data):
+            caches[layer].attend(*own, 1.0, True)
+
+    attend(caches)
+    attend(twin)
+    twin.commit()
+    twin.begin(6 * shape.chunk_frames)
+    caches.commit()
+    attend(alone)
+    alone.commit()
+    for name in FlatCaches.TENSORS:
+        assert torch.equal(getattr(caches, name), getattr(alone, name)), name
+
+
 def test_state_that_does_not_fit_is_refused():
     shape = shape_of()
     numbers, tensors = FlatCaches(shape, CONFIGS["fastar"], LAYERS).state()
