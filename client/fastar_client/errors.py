@@ -43,7 +43,7 @@ class ResourceExhausted(FastarError):
 
 
 class ServerUnavailable(FastarError):
-    pass
+    broke_off = False  # the connection broke before an answer: that alone does not say that the server is gone
 
 
 class StreamLost(FastarError):
@@ -135,6 +135,8 @@ def from_server(message: str) -> FastarError:
 
 # A call that breaks: which of these it gets is a matter of where and when the break is noticed.
 BROKEN = ("UNAVAILABLE", "CANCELLED", "INTERNAL", "UNKNOWN", "ABORTED")
+# What gRPC says of its own connection; what a gateway says of a server behind it has other words.
+BROKE_OFF = r"stream removed|socket closed|connection reset by peer|broken pipe|goaway"
 
 
 def from_grpc(code: str, details: str, url: str, streaming: bool = False) -> FastarError:
@@ -157,4 +159,6 @@ def from_grpc(code: str, details: str, url: str, streaming: bool = False) -> Fas
     if re.search(r"failed to connect|refused|DNS|resol|no route|unreachable|timed out", details, re.IGNORECASE):
         return ServerUnavailable(f"no Triton server at {url}; start one with `fastar serve`")
     what = f"no answer from a Triton server at {url}"
-    return ServerUnavailable(f"{what}; start one with `fastar serve`, or see its log ({cause})")
+    error = ServerUnavailable(f"{what}; start one with `fastar serve`, or see its log ({cause})")
+    error.broke_off = re.search(BROKE_OFF, details, re.IGNORECASE) is not None
+    return error

@@ -224,7 +224,7 @@ class Link:
                         failure = error
             if failure is not None and not self.over:
                 if isinstance(failure, ServerUnavailable):
-                    self._leave()
+                    self._leave(keep_pin=failure.broke_off)
                 if self._may_recover(failure):
                     await self._recover(failure)
                     gone = self.broken
@@ -240,10 +240,12 @@ class Link:
         self._pin.note(self._call.pod)
         return reply
 
-    def _leave(self) -> None:
-        """The call's server drains, is gone or refuses: on to another one, where a gateway or we know of one."""
+    def _leave(self, keep_pin: bool = False) -> None:
+        """The call's server drains, is gone or refuses: on to another one, where a gateway or we know of one. keep_pin:
+        it may have been the gateway alone."""
         self._transport.leave(self._call)
-        self._pin.leave()
+        if not keep_pin:
+            self._pin.leave()
 
     def _fail(self, error: BaseException) -> None:
         if isinstance(error, FastarError):
@@ -327,7 +329,7 @@ class Link:
             except FastarError as caught:
                 if left > 0 and may_pass(caught):
                     failure = caught
-                    self._leave()
+                    self._leave(keep_pin=isinstance(caught, ServerUnavailable) and caught.broke_off)
                     await asyncio.sleep(min(wait * random.uniform(0.5, 1.5), left))
                     wait = min(2 * wait, BACK_OFF[1])
                     continue

@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import logging
 import os
+import random
 import shutil
 import signal
 import socket
@@ -33,6 +34,7 @@ DRAIN_POLL = 0.05  # of a server that drains
 FAREWELL = 0.5  # seconds for the last replies, which are already Triton's, to reach their clients
 FORGIVEN = 60.0  # seconds of health after which earlier restarts no longer count
 BACKOFF = (0.5, 10.0)  # seconds before the first restart; at most
+CHOSEN_PORTS = range(20000, 32768)  # below those that Linux gives to outgoing connections
 
 
 class Server:
@@ -350,13 +352,23 @@ def free_ports(settings: ServeSettings) -> dict[str, int]:
             probe = held.enter_context(socket.socket(socket.AF_INET6 if ":" in host else socket.AF_INET))
             probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
             try:
-                probe.bind((host, port))
+                bind(probe, host, port)
                 probe.listen()
             except OSError as error:
                 where = f"port {port} of {host}: {error.strerror.lower()}"
                 raise InvalidInput(f"--{kind}-port", where, "a free port, or 0 to have one chosen") from None
             ports[kind] = probe.getsockname()[1]
     return ports
+
+
+def bind(probe: socket.socket, host: str, port: int) -> None:
+    """0: a free port. Those that the system would choose go to outgoing connections, too, and one of them may take it
+    in the seconds until the server listens: it is one of the others, if one is free. Raises OSError."""
+    for choice in random.sample(CHOSEN_PORTS, 20) if port == 0 else ():
+        with contextlib.suppress(OSError):
+            probe.bind((host, choice))
+            return
+    probe.bind((host, port))
 
 
 def reachable(host: str) -> str:

@@ -10,6 +10,7 @@ import grpc
 import psutil
 import pytest
 from fastar_client import connect
+from fastar_client.errors import from_grpc
 from live import LiveServer
 from scripted import ScriptedServer, grpc_server
 from test_client_session import run
@@ -90,6 +91,16 @@ def test_a_gateway_that_leads_elsewhere_is_believed():
     """The pin to one pod finds another."""
     server = LiveServer(cuts={3: "before", 6: "before"}, pod=ONE)
     assert pins_after(server, 2, lambda: setattr(server, "pod", TWO), 6) == [None, ONE, TWO]
+
+
+@pytest.mark.parametrize(
+    ("details", "keeps"),
+    [("Stream removed (Broken pipe)", True), ("Socket closed", True), ("connection refused", False),
+     ("no healthy upstream", False), ("upstream connect error or disconnect/reset before headers", False)],
+)  # fmt: skip
+def test_a_gateway_that_breaks_does_not_unpin(details, keeps):
+    """It may be the gateway alone; a refusal is what one says, or does not say, of a pod that is gone."""
+    assert from_grpc("UNAVAILABLE", details, "gateway:8001").broke_off is keeps
 
 
 def test_without_a_gateway_nothing_is_sent():
