@@ -57,6 +57,7 @@ async def is_as_alone(audience: Audience, sample: int) -> None:
         assert viewer.digests == await alone(audience.fleet.servers[0], viewer.seed, len(viewer.digests))
 
 
+@pytest.mark.flaky(reruns=1)  # on busy cores a gateway may break a second time before it has answered
 def test_streams_outlive_every_server_of_the_fleet(tiny_world, tmp_path, caplog):
     """One after the other goes; at last all are at the first one, which was started anew."""
     caplog.set_level("INFO", logger="fastar.serve")
