@@ -22,6 +22,7 @@ class FastarError(Exception):
 
     token: str | None = None  # of the stream that it ended, where the stream may be resumed later,
     chunk: int | None = None  # and the number of the chunk that would have been next
+    broke_off = False  # the connection broke before an answer: that alone does not say that the server is gone
 
     def __init__(self, message: str) -> None:
         super().__init__(" ".join(message.split()))
@@ -43,7 +44,7 @@ class ResourceExhausted(FastarError):
 
 
 class ServerUnavailable(FastarError):
-    broke_off = False  # the connection broke before an answer: that alone does not say that the server is gone
+    pass
 
 
 class StreamLost(FastarError):

@@ -329,7 +329,7 @@ class Link:
             except FastarError as caught:
                 if left > 0 and may_pass(caught):
                     failure = caught
-                    self._leave(keep_pin=isinstance(caught, ServerUnavailable) and caught.broke_off)
+                    self._leave(keep_pin=caught.broke_off)
                     await asyncio.sleep(min(wait * random.uniform(0.5, 1.5), left))
                     wait = min(2 * wait, BACK_OFF[1])
                     continue

@@ -57,15 +57,18 @@ class CacheShape:
         return rotate_time(x, positions, self.rope_split[0], self.rope_theta, span)
 
 
+def interleaved(low: Tensor, high: Tensor) -> Tensor:
+    """Numbers below 2^16 as one: the bits of `low` at its even places, those of `high` at the odd ones."""
+    return sum((low >> bit & 1) << 2 * bit | (high >> bit & 1) << 2 * bit + 1 for bit in range(16))
+
+
 @functools.lru_cache(maxsize=8)
 def by_place(shape: CacheShape) -> Tensor:
     """The chunk's tokens [chunk tokens] along a Z-order curve over the frame, all frames of a place together: any
     stretch of them is a compact patch of the picture."""
     token = torch.arange(shape.frame_tokens)
     columns = shape.columns or shape.frame_tokens
-    row, column, code = token // columns, token % columns, torch.zeros_like(token)
-    for bit in range(16):
-        code |= (column >> bit & 1) << 2 * bit | (row >> bit & 1) << 2 * bit + 1
+    code = interleaved(token % columns, token // columns)
     frames = torch.arange(shape.chunk_frames) * shape.frame_tokens
     return (code.argsort()[:, None] + frames).flatten().to(shape.device)
 

@@ -156,7 +156,7 @@ class FlatCaches:
             self.lines[: len(self.times)] = self._lines(positions)
         if self.drives_out:
             times = (self.times[place] for place in self.next_places)
-            self.leaving.copy_(self._there(torch.stack([stay(time, shape).cpu() + (time - start) for time in times])))
+            self.leaving.copy_(self._there(torch.stack([stay(time, shape) + (time - start) for time in times])))
         samples = guard.plan(self.config, shape, len(self.layers), start)
         for layer, sample in zip(self.layers, samples, strict=True):
             layer.selection = None

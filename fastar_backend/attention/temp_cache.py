@@ -25,7 +25,7 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from fastar_backend.attention import ann
-from fastar_backend.attention.cache import CacheShape, FrameCache
+from fastar_backend.attention.cache import CacheShape, FrameCache, interleaved
 from fastar_backend.attention.sparse_cache import SparseCache
 from fastar_backend.config import AttentionConfig
 
@@ -45,20 +45,18 @@ class MergeReport:
 
 @functools.lru_cache(maxsize=8)
 def thinning(shape: CacheShape) -> Tensor:
-    """The order in which a frame's tokens are numbered for `stay`, int64 [frame tokens]: its lowest bit is a
-    checkerboard, and with each further one every 2 x 2, 4 x 2, ... tokens have each number once (Bayer's matrix for
-    ordered dither, bits reversed)."""
+    """The order in which a frame's tokens are numbered for `stay`, int64 [frame tokens] of the host's: its lowest bit
+    is a checkerboard, and with each further one every 2 x 2, 4 x 2, ... tokens have each number once (Bayer's matrix
+    for ordered dither, bits reversed)."""
     token = torch.arange(shape.frame_tokens)
     columns = shape.columns or shape.frame_tokens
-    row, diagonal, number = token // columns, token // columns ^ token % columns, torch.zeros_like(token)
-    for bit in range(16):
-        number |= (diagonal >> bit & 1) << 2 * bit | (row >> bit & 1) << 2 * bit + 1
-    return number.to(shape.device)
+    row, column = token // columns, token % columns
+    return interleaved(row ^ column, row)
 
 
 def stay(time: int, shape: CacheShape) -> Tensor:
-    """Float32 [frame tokens], latent frames: how long after `time` the tokens of its frame are due to give way; those
-    longest overdue do first. SPREAD * (the largest power of two, PERIOD at most, that divides time + the token's
+    """Float32 [frame tokens] of the host's, latent frames: how long after `time` the tokens of its frame are due to give
+    way; those longest overdue do first. SPREAD * (the largest power of two, PERIOD at most, that divides time + the token's
     number), so that frames thin out alternately, and a fraction, so that tokens alike in this go one by one, spread
     over the picture."""
     number = thinning(shape)
@@ -141,7 +139,7 @@ class TempCache(SparseCache):
         """One frame. keys, values: [heads, n, head_dim], rotated; time: the frame's; probe: the tokens' queries without
         temporal position, where kept."""
         shape, config, slots = self.shape, self.config, self.slots
-        due = stay(time, shape) + (time - self.start)
+        due = (stay(time, shape) + (time - self.start)).to(shape.device)
         position = torch.full_like(due, max(time - self.start, -shape.reach), dtype=torch.long)
         raw = shape.turn(keys, -position)  # without temporal position: content and place in the frame
         entry, held = ann.prepare(raw, config), self.count > 0

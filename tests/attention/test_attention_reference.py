@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import dataclasses
+
 import pytest
 import torch
 from random_streams import THETA, distance, drive, layout_of, shape_of, tokens
@@ -129,6 +131,8 @@ def test_how_long_tokens_stay(size, columns, time):
     want = [reference.due(time, token, columns) - time for token in range(size)]
     assert temp_cache.stay(time, shape).tolist() == pytest.approx(want, rel=1e-6)
     assert len(set(want)) == size, "no two alike"
+    elsewhere = dataclasses.replace(shape, device=torch.device("meta"))
+    assert temp_cache.stay(time, elsewhere).device.type == "cpu", "nobody waits for a device to know"
 
 
 def test_signatures():
