@@ -55,10 +55,10 @@ def thinning(shape: CacheShape) -> Tensor:
 
 
 def stay(time: int, shape: CacheShape) -> Tensor:
-    """Float32 [frame tokens] of the host's, latent frames: how long after `time` the tokens of its frame are due to give
-    way; those longest overdue do first. SPREAD * (the largest power of two, PERIOD at most, that divides time + the token's
-    number), so that frames thin out alternately, and a fraction, so that tokens alike in this go one by one, spread
-    over the picture."""
+    """Float32 [frame tokens] of the host's, latent frames: how long after `time` the tokens of its frame are due to
+    give way; those longest overdue do first. SPREAD * (the largest power of two, PERIOD at most, that divides time +
+    the token's number), so that frames thin out alternately, and a fraction, so that tokens alike in this go one by
+    one, spread over the picture."""
     number = thinning(shape)
     fraction = sum((number >> bit & 1) * 0.5 ** (bit + 1) for bit in range(24))
     steps = torch.gcd(number + time, torch.full_like(number, PERIOD))
